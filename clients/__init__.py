@@ -1,0 +1,1 @@
+"""What runs at an institution, simulated or real."""

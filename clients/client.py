@@ -1,0 +1,215 @@
+"""One client: its shard, its share of a model, and the three steps of a turn.
+
+`prepare` turns a message into a job, `train` runs the job, `finish` turns what was trained into a
+reply. Engines differ in the middle step only: a cohort may train many jobs at once, a SuperNode
+trains its own.
+"""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from clients import personal
+from clients.policy import OPEN, Policy
+from fedtune import models, parts, shards, training
+from fedtune.adapter import State
+from fedtune.config import DataSettings, Experiment
+from fedtune.errors import RecipeError
+from fedtune.heads import HeadRule
+from fedtune.models import Model
+from fedtune.shards import Shard
+from fedtune.strategies.strategy import Plan, Turn
+from fedtune.tasks.task import Example, Sums
+from fedtune.training import Work
+from fedtune.wire import Address
+
+SAMPLE_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything that one client's local training depends on."""
+
+    address: Address
+    turn: Turn
+    plan: Plan
+    work: Work
+
+
+@dataclass(frozen=True, eq=False)
+class Client:
+    """One institution, simulated or real.
+
+    Attributes:
+        experiment: the arm's experiment.
+        shard: its rows.
+        labels: the classes of the head.
+        state: the folder of what it keeps to itself.
+        policy: what it lets out.
+        everybody: the test rows of all clients, in a simulation only.
+    """
+
+    experiment: Experiment
+    shard: Shard
+    labels: tuple[str, ...]
+    state: Path
+    policy: Policy = OPEN
+    everybody: Sequence[Shard] = field(default=(), repr=False)
+
+    @functools.cached_property
+    def parts(self) -> parts.Parts:
+        """The experiment's parts."""
+        return parts.resolve(self.experiment)
+
+    @property
+    def model(self) -> Model:
+        """The process's resident model."""
+        e = self.experiment
+        return models.load(self.parts.task, e.model, e.adapter, self.labels, e.seed)
+
+    @functools.cached_property
+    def examples(self) -> list[Example]:
+        """Its encoded training rows."""
+        return self._encoded([self.shard], "train")
+
+    @functools.cached_property
+    def tests(self) -> list[Example]:
+        """Its encoded test rows."""
+        return self._encoded([self.shard], "test")
+
+    def _encoded(self, held: Sequence[Shard], split: str) -> list[Example]:
+        model, task, examples = self.model, self.parts.task, []
+        for shard in held:
+            try:
+                examples += task.encode(
+                    getattr(shard, split),
+                    model.tokenizer,
+                    self.labels,
+                    self.experiment.model.max_length,
+                )
+            except RecipeError as error:
+                raise RecipeError(f"{split} rows of client '{shard.name}': {error}") from error
+        return examples
+
+    def _turn(self, address: Address, received: State) -> Turn:
+        kept = personal.load(self.state, address.last_round)
+        return Turn(address.round, received, kept)
+
+    def prepare(self, address: Address, received: State) -> Job:
+        """The job of one round, from what the coordinator sent and what the client kept."""
+        e, name = self.experiment, self.shard.name
+        turn = self._turn(address, received)
+        plan = self._with_head(turn, self.parts.strategy.plan(turn))
+        batches = training.batches_of(
+            self.examples, e.train, e.seed, "batches", address.round, name
+        )
+        rates = training.rates_of(len(batches), address.round, e.rounds, e.train)
+        seed = training.dropout_seed(e.seed, address.round, name)
+        return Job(address, turn, plan, Work(batches, rates, seed))
+
+    def _with_head(self, turn: Turn, plan: Plan) -> Plan:
+        rule = HeadRule.of(self.parts.task, self.parts.strategy)
+        head = rule.start(turn.received, turn.personal)
+        if not head:
+            return plan
+        trainable = plan.trainable | (frozenset(head) if rule.trained else frozenset())
+        return Plan({**plan.start, "head": head}, trainable)
+
+    def train(self, job: Job) -> tuple[State, Sums]:
+        """The trained tensors and the metrics of the training batches."""
+        settings = self.experiment.train
+        return training.train(self.model, self.parts.task, job.plan, job.work, settings)
+
+    def finish(self, job: Job, trained: State) -> State:
+        """What is sent; what the client keeps is saved."""
+        rule = HeadRule.of(self.parts.task, self.parts.strategy)
+        sent, kept = self.parts.strategy.reply(job.turn, job.plan, trained)
+        head, own_head = rule.reply(job.plan.start.get("head", {}), trained.get("head", {}))
+        personal.save(self.state, job.address.round, {**kept, **own_head})
+        return {**sent, **head}
+
+    def evaluate(self, address: Address, received: State) -> Sums:
+        """The metrics of the client's model, its own where it has one, on its own test rows.
+
+        With scope "pooled", on the test rows of all clients: a simulation can, an institution
+        cannot.
+        """
+        turn = self._turn(address, received)
+        start = self._with_head(turn, self.parts.strategy.plan(turn)).start
+        tests = self.tests
+        if address.scope == "pooled":
+            if not self.everybody:
+                raise RecipeError("Test rows never leave an institution; nothing can be pooled.")
+            tests = _pooled_tests(self)
+        return training.evaluate(
+            self.model, self.parts.task, start, tests, self.experiment.evaluation.batch_size
+        )
+
+    def samples(self) -> list[tuple[str, str, str]]:
+        """(prompt, generated answer, reference) of its first test rows, with the model as it is."""
+        count = self.experiment.evaluation.samples
+        if not (count and self.policy.samples and self.parts.task.generates):
+            return []
+        rows = self.shard.test.select(range(min(count, len(self.shard.test))))
+        prompts = self.parts.task.prompts(rows, self.model.tokenizer)
+        answers = models.generate(self.model, [ids for ids, _, _ in prompts], SAMPLE_TOKENS)
+        return [(p, a, r) for (_, p, r), a in zip(prompts, answers, strict=True)]
+
+
+@functools.lru_cache(maxsize=1)
+def _tests_of(experiment: Experiment) -> list[Example]:
+    any_client = next(iter(simulated(experiment).values()))
+    return any_client._encoded(any_client.everybody, "test")
+
+
+def _pooled_tests(client: Client) -> list[Example]:
+    return _tests_of(client.experiment)
+
+
+@functools.lru_cache(maxsize=1)
+def _held(data: DataSettings, seed: int) -> list[Shard]:
+    return shards.load(data, seed)
+
+
+@functools.lru_cache(maxsize=2)
+def simulated(experiment: Experiment) -> dict[str, Client]:
+    """All clients of a simulation by name.
+
+    Raises:
+        RecipeError: the rows or their partition are not as the recipe says.
+    """
+    resolved = parts.resolve(experiment)
+    held = _held(experiment.data, experiment.seed)
+    everything = shards.pooled(held)
+    labels = resolved.task.labels(everything.train)
+    present = [everything] if resolved.strategy.pools else held
+    root = parts.folder_of(experiment) / "clients"
+    return {
+        shard.name: Client(experiment, shard, labels, root / shard.name, OPEN, held)
+        for shard in present
+    }
+
+
+@functools.lru_cache(maxsize=1)
+def institution(experiment: Experiment, config: tuple[tuple[str, object], ...]) -> Client:
+    """The one client of a SuperNode, with the rows that its own node-config names.
+
+    Raises:
+        RecipeError: the node-config or its file is wrong, or the recipe asks for pooled rows.
+    """
+    node = dict(config)
+    policy = Policy.of(node)
+    resolved = parts.resolve(experiment)
+    if resolved.strategy.pools:
+        raise RecipeError(
+            f"strategy '{experiment.strategy}' pools rows; at an institution they stay."
+        )
+    name = str(node["client"])
+    data, seed = experiment.data, experiment.seed
+    shard = shards.institution(
+        name, str(node["shard"]), str(node.get("test", "")) or None, data, seed
+    )
+    labels = resolved.task.labels(None)
+    root = Path(str(node.get("state", Path.home() / ".fedtune"))) / name / experiment.name
+    return Client(experiment, shard, labels, root / experiment.strategy, policy)

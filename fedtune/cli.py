@@ -1,0 +1,228 @@
+"""The command line: `fedtune run | plan | list | report | export`.
+
+Errors are for the person who must act: one line, exit code 2 for a recipe or usage, 1 for a failed
+    run, and a traceback only with --debug. With --json, standard output is one JSON value.
+"""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedtune.components import signature
+from fedtune.config import Experiment
+from fedtune.errors import FedTuneError
+
+app = typer.Typer(
+    help="Fine-tune language models across private text, without pooling a row of it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+Recipe = Annotated[Path, typer.Argument(help="A recipe, a TOML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="key=value, as in train.learning_rate=1e-3", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON value.")]
+RunFolder = Annotated[Path, typer.Argument(help="A run's folder, runs/NAME.", show_default=False)]
+
+
+def _print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    engine: Annotated[
+        str, typer.Option(help="cohort, sequential, ray, or a SuperLink connection's name.")
+    ] = "cohort",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on, or show the result of a finished run.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run's folder first.")
+    ] = False,
+    threads: Annotated[
+        int, typer.Option(min=1, help="torch threads of each process; may change the last bits.")
+    ] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe to its end; the same command again goes on after an interruption."""
+    experiment = Experiment.load(recipe, overrides or ())
+    # torch and transformers take seconds to import; a wrong recipe is told before that.
+    from fedtune import launch, parts, report
+    from fedtune.progress import ProgressHandler
+
+    with ProgressHandler(err if as_json else out, experiment.strategy):
+        done = launch.run(
+            experiment, engine=engine, resume=resume, overwrite=overwrite, threads=threads
+        )
+    _show(done, parts.folder_of(experiment), as_json, report)
+
+
+def _show(done: Any, folder: Path, as_json: bool, report: Any) -> None:
+    result = report.result(done)
+    if as_json:
+        _print_json({"folder": str(folder), **result.to_json()})
+        return
+    for table in report.tables(result):
+        out.print(table)
+    out.print(result.verdict)
+    out.print(f"Adapter: {folder / 'adapter'}   Report: {folder / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def plan(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Show the resolved recipe and what it will cost; loads no weights."""
+    experiment = Experiment.load(recipe, overrides or ())
+    from fedtune import planning
+    from fedtune.report import human_bytes
+
+    cost = planning.forecast(experiment)
+    if as_json:
+        _print_json(planning.as_json(cost, experiment))
+        return
+    out.print(experiment.text(), markup=False, soft_wrap=True)
+    table = Table(show_header=False, box=None, pad_edge=False)
+    trainable = ", ".join(f"{n:,} ({group})" for group, n in cost.trainable.items())
+    up, down = human_bytes(cost.bytes_up), human_bytes(cost.bytes_down)
+    for key, value in (
+        ("clients", f"{cost.clients:,}"),
+        ("rows", f"{cost.examples:,} to train on, {cost.test_examples:,} to test on"),
+        ("classes", f"{cost.classes:,}" if cost.classes else "none"),
+        ("frozen parameters", f"{cost.base_parameters:,}"),
+        ("trainable parameters", trainable),
+        ("tokens a row", f"{cost.tokens:.1f} on average, {cost.truncated:.1%} of rows cut"),
+        ("a client and round", f"{down} down, {up} up"),
+        ("all rounds", human_bytes(cost.bytes_total)),
+        ("memory (estimate)", human_bytes(cost.memory_bytes)),
+        ("time (estimate)", f"{cost.seconds:.0f} s on one CPU thread, references not counted"),
+    ):
+        table.add_row(key, value)
+    out.print(table)
+    if cost.mix:
+        out.print(_mix_table(cost.mix))
+
+
+def _mix_table(mix: dict[str, dict[str, int]], widest: int = 12) -> Table:
+    """Rows a client and label; of many, the commonest labels and the largest clients."""
+    totals: dict[str, int] = {}
+    for counts in mix.values():
+        for label, count in counts.items():
+            totals[label] = totals.get(label, 0) + count
+    shown = sorted(totals, key=lambda label: -totals[label])[:widest]
+    table = Table(title="Training rows a client and label", box=None, title_justify="left")
+    table.add_column("label")
+    clients = sorted(mix, key=lambda name: -sum(mix[name].values()))[:widest]
+    for name in clients:
+        table.add_column(name, justify="right")
+    for label in shown:
+        table.add_row(label, *(str(mix[name].get(label, 0)) for name in clients))
+    if len(totals) > len(shown):
+        others = [sum(mix[n].values()) - sum(mix[n].get(x, 0) for x in shown) for n in clients]
+        table.add_row(f"{len(totals) - len(shown)} others", *map(str, others))
+    table.add_row("all", *(str(sum(mix[name].values())) for name in clients), style="bold")
+    return table
+
+
+@app.command(name="list")
+def list_(as_json: AsJson = False) -> None:
+    """List strategies, tasks, sources, partitions, cohorts: whatever a recipe can name."""
+    from fedtune.parts import REGISTRIES
+
+    listed = {
+        kind: {
+            name: {"parameters": signature(part), "about": _first_line(part)}
+            for name, part in registry.items()
+        }
+        for kind, registry in REGISTRIES.items()
+    }
+    if as_json:
+        _print_json(listed)
+        return
+    for kind, registry in listed.items():
+        table = Table(title=kind, title_justify="left", box=None, title_style="bold")
+        table.add_column("name", no_wrap=True)
+        table.add_column("what it is")
+        for name, about in registry.items():
+            parameters = f"\n[dim]{about['parameters']}[/dim]" if about["parameters"] else ""
+            table.add_row(name, f"{about['about']}{parameters}")
+        out.print(table)
+
+
+def _first_line(part: type) -> str:
+    return (part.__doc__ or "").strip().splitlines()[0]
+
+
+@app.command()
+def report(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Show a run's tables and write its report.html again."""
+    from fedtune import page
+    from fedtune import report as reports
+
+    found = reports.read(folder)
+    page.write(found, folder / "report.html")
+    _show(found, folder, as_json, reports)
+
+
+@app.command()
+def export(
+    folder: RunFolder,
+    target: Annotated[Path, typer.Argument(help="A new folder.", show_default=False)],
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write the whole model, the adapter merged into it.")
+    ] = False,
+) -> None:
+    """Copy a run's adapter as a PEFT folder, or merge it into a full model."""
+    from fedtune.exporting import export as export_
+
+    export_(folder, target, merge=merge)
+    out.print(f"Wrote {target}", soft_wrap=True)
+
+
+def guarded(command: Callable[[], None], debug: bool) -> int:
+    """Run a command; print a FedTuneError as one line and return its exit code."""
+    try:
+        command()
+    except FedTuneError as error:
+        if debug:
+            raise
+        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        err.print("Interrupted. The same command again goes on from the last committed round.")
+        return 130
+    except OSError as error:
+        if debug:
+            raise
+        err.print(f"error: {error}", markup=False, soft_wrap=True)
+        return 1
+    return 0
+
+
+def main() -> None:
+    """The entry point; `--debug` anywhere shows tracebacks."""
+    arguments = sys.argv[1:]
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    logging.basicConfig(level=logging.DEBUG if debug else logging.ERROR)
+    logging.getLogger("fedtune").propagate = debug
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.exit(guarded(lambda: app(args=arguments, standalone_mode=True), debug))
+
+
+if __name__ == "__main__":
+    main()

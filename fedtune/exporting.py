@@ -1,0 +1,51 @@
+"""A run's result as files that others can load: a PEFT folder, or a whole model."""
+
+import json
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from fedtune import models, parts
+from fedtune.config import Experiment
+from fedtune.errors import RecipeError
+from fedtune.models import Model
+
+
+def load(folder: Path) -> Model:
+    """A finished run's model with its adapter, ready to predict.
+
+    Raises:
+        RecipeError: the folder holds no run with an adapter, or its base model cannot be found.
+    """
+    adapter = folder / "adapter"
+    if not (adapter / "adapter_model.safetensors").exists():
+        raise RecipeError(
+            f"{folder} holds no adapter. A run writes it at its end: fedtune run RECIPE --resume."
+        )
+    experiment = Experiment.load(folder / "experiment.toml")
+    about = json.loads((adapter / "fedtune.json").read_text(encoding="utf-8"))
+    task = parts.resolve(experiment).task
+    labels = tuple(about["labels"])
+    model = models.load(task, experiment.model, experiment.adapter, labels, experiment.seed)
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    state = {
+        group: {name: tensors[name] for name in named} for group, named in model.tensors.items()
+    }
+    models.write(model, state)
+    return model
+
+
+def export(folder: Path, target: Path, *, merge: bool) -> None:
+    """Copy the adapter to `target`, or write the full model with the adapter merged into it.
+
+    Raises:
+        RecipeError: `target` exists already, or the run has no adapter.
+    """
+    if target.exists() and any(target.iterdir()):
+        raise RecipeError(f"{target} is not empty; name a new folder.")
+    model = load(folder)
+    if merge:
+        models.merge(model, models.read(model), target)
+    else:
+        shutil.copytree(folder / "adapter", target, dirs_exist_ok=True)

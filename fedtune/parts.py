@@ -1,0 +1,95 @@
+"""A recipe's parts: its component texts looked up, built, and checked against each other.
+
+This is the one place where an experiment meets every registry. Whatever has no meaning is refused
+here, before a row is read or a model is loaded.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedtune.cohorts import COHORTS, Cohort
+from fedtune.combine import COMBINES, Combine
+from fedtune.components import build, nearest
+from fedtune.config import Experiment
+from fedtune.data import SOURCES
+from fedtune.errors import RecipeError
+from fedtune.shards import PARTITIONS
+from fedtune.strategies import STRATEGIES, Strategy
+from fedtune.tasks import TASKS, Task
+
+REGISTRIES: dict[str, Mapping[str, type]] = {
+    "strategy": STRATEGIES,
+    "task": TASKS,
+    "data.source": SOURCES,
+    "data.partition": PARTITIONS,
+    "cohort": COHORTS,
+    "combine": COMBINES,
+}
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an experiment's component texts stand for."""
+
+    task: Task
+    strategy: Strategy
+    combine: Combine
+    cohort: Cohort
+
+
+def resolve(experiment: Experiment) -> Parts:
+    """The experiment's parts.
+
+    Raises:
+        RecipeError: a text that names nothing, or a combination without meaning.
+    """
+    for key in ("data.source", "data.partition"):
+        build(str(experiment.flat()[key]), REGISTRIES[key], key)
+    parts = Parts(
+        task=build(experiment.task, TASKS, "task"),
+        strategy=build(experiment.strategy, STRATEGIES, "strategy"),
+        combine=build(experiment.combine, COMBINES, "combine"),
+        cohort=build(experiment.cohort, COHORTS, "cohort"),
+    )
+    parts.strategy.check(experiment)
+    if experiment.evaluation.samples and not parts.task.generates:
+        raise RecipeError(
+            f"evaluation.samples = {experiment.evaluation.samples} needs a task that generates "
+            f"text, but task = '{experiment.task}'. Set it to 0, or task = 'instruction'."
+        )
+    for name in reference_names(experiment):
+        if name not in STRATEGIES:
+            raise RecipeError(
+                f"references: strategy '{name}' is unknown.{nearest(name, STRATEGIES)} "
+                f"Known: {', '.join(sorted(STRATEGIES))}."
+            )
+        resolve(reference(experiment, name))
+    return parts
+
+
+def reference_names(experiment: Experiment) -> list[str]:
+    """The strategies that run beside the recipe's own, [] for none."""
+    if experiment.references == "none":
+        return []
+    return [name.strip() for name in experiment.references.split(",") if name.strip()]
+
+
+def reference(experiment: Experiment, name: str) -> Experiment:
+    """The same experiment with another strategy and everybody in every round.
+
+    Its run folder lies inside the experiment's own: `references/<name>`.
+    """
+    return experiment.replace(
+        strategy=name,
+        references="none",
+        cohort="all",
+        output=str(folder_of(experiment) / "references"),
+        name=name,
+        evaluation__samples=0,
+    )
+
+
+def folder_of(experiment: Experiment) -> Path:
+    """Where a run writes everything it writes."""
+    return Path(experiment.output, experiment.name)

@@ -1,0 +1,102 @@
+"""Live progress: a handler for the logger "fedtune" that draws what a run tells.
+
+On a terminal, one line an arm: rounds, the clients that have answered, loss and quality on the test
+rows, bytes moved and the time left. Elsewhere, one line a round.
+"""
+
+import logging
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TimeRemainingColumn as TimeLeft
+
+from fedtune.report import RoundRecord, human_bytes, merge, summarise
+
+QUALITY = ("accuracy", "macro_f1", "perplexity", "token_accuracy")
+
+
+class ProgressHandler(logging.Handler):
+    """Use as a context manager around a run.
+
+    Args:
+        console: where to draw.
+        name: how the recipe's own strategy is called.
+    """
+
+    def __init__(self, console: Console, name: str) -> None:
+        super().__init__(logging.INFO)
+        self.console = console
+        self.name = name
+        self.tasks: dict[str, TaskID] = {}
+        self.cohort: dict[str, int] = {}
+        self.rounds: dict[str, int] = {}
+        self.bytes: dict[str, int] = {}
+        self.progress = Progress(
+            TextColumn("{task.description:<14}"),
+            BarColumn(bar_width=16),
+            TextColumn("{task.fields[round]:<13}"),
+            TextColumn("{task.fields[numbers]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeLeft(compact=True),
+            console=console,
+            transient=True,
+        )
+
+    def __enter__(self) -> "ProgressHandler":
+        log = logging.getLogger("fedtune")
+        log.setLevel(logging.INFO)
+        log.addHandler(self)
+        if self.console.is_terminal:
+            self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        logging.getLogger("fedtune").removeHandler(self)
+        if self.console.is_terminal:
+            self.progress.stop()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if record.levelno >= logging.WARNING:
+            self.console.print(f"warning: {record.getMessage()}", markup=False, highlight=False)
+        event = getattr(record, "event", None)
+        if event is None:
+            return
+        arm = str(event["arm"])
+        if arm not in self.tasks:
+            description: str = arm or self.name
+            self.tasks[arm] = self.progress.add_task(description, total=None, round="", numbers="")
+            self.rounds[arm], self.cohort[arm], self.bytes[arm] = 0, 1, 0
+        if event["event"] == "roster":
+            self.rounds[arm] = int(event["rounds"])
+            self.progress.update(self.tasks[arm], total=float(event["rounds"]))
+        elif event["event"] == "round":
+            self.cohort[arm] = max(1, len(event["cohort"]))
+            shown = f"round {event['round']}/{self.rounds[arm]}"
+            self.progress.update(self.tasks[arm], round=shown, completed=event["round"] - 1)
+        elif event["event"] == "reply" and event["kind"] == "train":
+            # The evaluation that follows is the last tenth of a round.
+            self.progress.advance(self.tasks[arm], 0.9 / self.cohort[arm])
+        elif event["event"] == "committed":
+            self._committed(arm, event["record"])
+
+    def _committed(self, arm: str, record: RoundRecord) -> None:
+        self.bytes[arm] += record.bytes_down + record.bytes_up
+        numbers = summarise(merge(record.evaluation.get("own", {}).values()))
+        shown = [f"loss {numbers['loss']:.3f}"] if "loss" in numbers else []
+        shown += [
+            f"{key.replace('_', ' ')} {numbers[key]:.3f}" for key in QUALITY if key in numbers
+        ]
+        shown.append(human_bytes(self.bytes[arm]))
+        text = "  ".join(shown)
+        self.progress.update(self.tasks[arm], completed=float(record.round), numbers=text)
+        if not self.console.is_terminal:
+            label = f"round {record.round}" if record.round else "untuned"
+            line = f"{arm or self.name}: {label}: {text}  {record.seconds:.1f} s"
+            self.console.print(line, markup=False, highlight=False, soft_wrap=True)

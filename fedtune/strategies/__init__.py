@@ -1,0 +1,15 @@
+"""Every strategy by its name in a recipe; a new one is one file and one line here."""
+
+from fedtune.strategies.fedit import FedIT
+from fedtune.strategies.ffa_lora import FFALoRA
+from fedtune.strategies.references import Centralized, LocalOnly
+from fedtune.strategies.strategy import Strategy
+
+__all__ = ["STRATEGIES", "Strategy"]
+
+STRATEGIES: dict[str, type[Strategy]] = {
+    "fedit": FedIT,
+    "ffa_lora": FFALoRA,
+    "local_only": LocalOnly,
+    "centralized": Centralized,
+}

@@ -1,0 +1,15 @@
+"""FedIT: average both factors.
+
+Zhang et al., "Towards Building the Federated GPT: Federated Instruction Tuning", 2023,
+https://arxiv.org/abs/2305.05644. Clients train A and B from the global factors; the server averages
+each factor. The product of the means is not the mean of the products unless all A or all B agree.
+"""
+
+from dataclasses import dataclass
+
+from fedtune.strategies.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class FedIT(Strategy):
+    """A + sum_i p_i dA_i and B + sum_i p_i dB_i, as the interface's defaults have it."""

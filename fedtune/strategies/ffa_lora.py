@@ -1,0 +1,28 @@
+"""FFA-LoRA: freeze A, average B.
+
+Sun et al., "Improving LoRA in Privacy-preserving Federated Learning", ICLR 2024,
+https://arxiv.org/abs/2403.12313. With one random A shared by all and never trained, sum_i p_i B_i A
+= B-bar A: averaging is exact and half as much is sent.
+"""
+
+from dataclasses import dataclass
+
+from fedtune.config import Experiment
+from fedtune.errors import RecipeError
+from fedtune.strategies.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class FFALoRA(Strategy):
+    """Only B is trained and shared. A is broadcast with it, so that a client needs no memory."""
+
+    def trains(self, name: str, round: int) -> bool:
+        return "lora_A" not in name
+
+    def check(self, experiment: Experiment) -> None:
+        if experiment.adapter.dora:
+            raise RecipeError(
+                "strategy = 'ffa_lora' averages exactly only what is linear in B, but "
+                "adapter.dora = true trains a norm too. Set adapter.dora = false, or choose "
+                "strategy = 'fedit'."
+            )

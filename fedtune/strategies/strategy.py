@@ -1,0 +1,144 @@
+"""The rule of a round: what is sent, what is trained, what comes back, how it is joined.
+
+A strategy is a frozen dataclass whose fields are its parameters; the defaults below are FedIT. Both
+halves of a method, client and server, live in one file. Its state is never an attribute: it is in
+the `State` it is given and returns, so a checkpoint is complete by construction and one round can
+be replayed through every strategy. A strategy sees LoRA tensors only; a classifier's head is
+averaged beside it (see `Experiment.task`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedtune.adapter import Adapter, State, add, pick, subtract
+from fedtune.combine import Combine
+from fedtune.config import Experiment
+
+
+@dataclass(frozen=True)
+class ClientInfo:
+    """What the coordinator knows of a client.
+
+    Attributes:
+        name: its name.
+        examples: training rows, as it says itself.
+        last_round: the last round whose reply was accepted, 0 for none.
+    """
+
+    name: str
+    examples: int
+    last_round: int = 0
+
+
+@dataclass(frozen=True)
+class Update:
+    """One client's accepted reply.
+
+    Attributes:
+        client: its name.
+        weight: its weight in the mean, above 0.
+        state: what it sent.
+    """
+
+    client: str
+    weight: float
+    state: State
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What a client has when its round begins.
+
+    Attributes:
+        round: from 1.
+        received: what the coordinator broadcast to it.
+        personal: what it kept to itself in an earlier round, {} at first.
+    """
+
+    round: int
+    received: State
+    personal: State
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a client trains: plain data, so that every engine runs it with the same result.
+
+    Attributes:
+        start: group -> tensors that the first step begins from.
+        trainable: names of the tensors that receive gradients.
+    """
+
+    start: State
+    trainable: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """FedIT's rule, and the interface of every other.
+
+    Class attributes:
+        fixed_frame: whether coordinates mean the same every round (else no server moments).
+        sums_only: whether `aggregate` needs only a weighted sum (secure aggregation).
+        personal: whether the model that counts is each client's own.
+        pools: whether one client holds the rows of all: a reference, not federated learning.
+    """
+
+    fixed_frame: ClassVar[bool] = True
+    sums_only: ClassVar[bool] = True
+    personal: ClassVar[bool] = False
+    pools: ClassVar[bool] = False
+
+    def trains(self, name: str, round: int) -> bool:
+        """Whether the LoRA tensor `name` receives gradients in `round`."""
+        return True
+
+    def shares(self, name: str, round: int) -> bool:
+        """Whether the change of the LoRA tensor `name` leaves the client in `round`."""
+        return self.trains(name, round)
+
+    def start(self, initial: Adapter) -> State:
+        """The coordinator's state before round 1."""
+        return {"adapter": initial}
+
+    def broadcast(self, server: State, client: ClientInfo, round: int) -> State:
+        """What `client` receives in `round`; for an evaluation too."""
+        return {"adapter": server["adapter"]}
+
+    def aggregate(
+        self, server: State, updates: Sequence[Update], combine: Combine, round: int
+    ) -> State:
+        """The coordinator's state after `round`.
+
+        Args:
+            server: the state before; it is not changed.
+            updates: at least one, sorted by client name.
+            combine: how the deltas are joined.
+            round: from 1.
+        """
+        deltas = [update.state["delta"] for update in updates]
+        if not deltas[0]:
+            return server
+        joined = combine(deltas, [update.weight for update in updates])
+        moved = add(pick(server["adapter"], frozenset(joined)), joined)
+        return {**server, "adapter": {**server["adapter"], **moved}}
+
+    def plan(self, turn: Turn) -> Plan:
+        """What the client begins from and trains; its start is also the model it evaluates."""
+        start = turn.received["adapter"]
+        names = frozenset(name for name in start if self.trains(name, turn.round))
+        return Plan({"adapter": start}, names)
+
+    def reply(self, turn: Turn, plan: Plan, trained: State) -> tuple[State, State]:
+        """(what is sent, what the client keeps to itself)."""
+        change = subtract(trained["adapter"], plan.start["adapter"])
+        shared = [name for name in change if self.shares(name, turn.round)]
+        return {"delta": pick(change, shared)}, {}
+
+    def payload(self, initial: Adapter, round: int) -> State:
+        """Tensors of the names, shapes and dtypes that `reply` sends: the gate's schema."""
+        return {"delta": {name: t for name, t in initial.items() if self.shares(name, round)}}
+
+    def check(self, experiment: Experiment) -> None:
+        """Refuse, with a RecipeError, settings that have no meaning for this strategy."""

@@ -1,0 +1,206 @@
+"""Language modelling: the next token of a text, or of an answer to an instruction.
+
+A text is learnt whole, cut into consecutive windows where it is longer than `model.max_length`, and
+ends with the EOS token. An instruction is written with the tokenizer's chat template, or with the
+template below where there is none, and only the answer and its EOS are learnt. Which tokens belong
+to the answer is decided by the characters they stand for, so it is right for any tokenizer that
+knows offsets, whatever it merges or prepends.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+
+from fedtune.errors import RecipeError
+from fedtune.tasks.task import Base, Batch, Example, Sums, Task, mask_of, pad_right, texts
+
+IGNORED = -100
+INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
+INSTRUCTION_WITH_INPUT = "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+
+
+@dataclass(frozen=True)
+class CausalLM(Task):
+    """Every token of a text.
+
+    Attributes:
+        text: the column of text.
+    """
+
+    text: str = "text"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.text,)
+
+    def configure(self, config: PretrainedConfig, path: str | Path, labels: Sequence[str]) -> None:
+        config.use_cache = False
+
+    def load(self, path: str | Path, config: PretrainedConfig, **options: Any) -> Base:
+        return Base(AutoModelForCausalLM.from_pretrained(path, config=config, **options))
+
+    def skeleton(self, config: PretrainedConfig) -> Base:
+        return Base(AutoModelForCausalLM.from_config(config))
+
+    def encode(
+        self,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        max_length: int,
+    ) -> list[Example]:
+        if not len(rows):
+            return []
+        eos = _eos(tokenizer)
+        examples = []
+        for tokens in tokenizer(texts(rows, self.text))["input_ids"]:
+            if tokens[-1] != eos:
+                tokens = [*tokens, eos]
+            for start in range(0, len(tokens), max_length):
+                window = tokens[start : start + max_length]
+                if len(window) > 1:  # a single token predicts nothing
+                    examples.append({"input_ids": window, "labels": window})
+        return examples
+
+    def collate(self, examples: Sequence[Example], pad: int) -> Batch:
+        ids = [example["input_ids"] for example in examples]
+        return {
+            "input_ids": pad_right(ids, pad),
+            "attention_mask": mask_of(ids),
+            "labels": pad_right([example["labels"] for example in examples], IGNORED),
+        }
+
+    def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
+        """The mean negative log-likelihood of each row's learnt tokens, in nats."""
+        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        rows, positions = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
+        targets = batch["labels"][rows, positions + 1]
+        logits = logits[rows, positions]
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        nll = F.cross_entropy(logits, targets, reduction="none")
+        correct = (logits.detach().argmax(-1) == targets).sum()
+        counts = torch.bincount(rows, minlength=len(batch["labels"]))
+        losses = torch.zeros(len(counts), dtype=nll.dtype, device=nll.device)
+        losses = losses.index_add(0, rows, nll) / counts.clamp(min=1)
+        return losses, {
+            "loss": [float(nll.detach().double().sum()), float(len(rows))],
+            "token_accuracy": [float(correct), float(len(rows))],
+        }
+
+
+@dataclass(frozen=True)
+class Instruction(CausalLM):
+    """The answer to an instruction.
+
+    Attributes:
+        instruction: the column of instructions.
+        input: the column of inputs that may stand beside them; rows without it are fine.
+        output: the column of answers.
+    """
+
+    text: str = ""
+    instruction: str = "instruction"
+    input: str = "input"
+    output: str = "output"
+    generates: ClassVar[bool] = True
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (self.instruction, self.output)
+
+    def _written(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+    ) -> list[tuple[str, str, str]]:
+        """(prompt, prompt and answer, answer) of each row; chat templates end the answer."""
+        questions, answers = texts(rows, self.instruction), texts(rows, self.output)
+        inputs = rows[self.input] if self.input in rows.column_names else [""] * len(rows)
+        written = []
+        for question, extra, answer in zip(questions, inputs, answers, strict=True):
+            if tokenizer.chat_template:
+                user = [
+                    {"role": "user", "content": f"{question}\n\n{extra}" if extra else question}
+                ]
+                prompt = tokenizer.apply_chat_template(
+                    user, tokenize=False, add_generation_prompt=True
+                )
+                whole = tokenizer.apply_chat_template(
+                    [*user, {"role": "assistant", "content": answer}], tokenize=False
+                )
+                if not whole.startswith(prompt):
+                    # Some templates think before they answer; the prompt of generation decides.
+                    whole = prompt + answer + tokenizer.eos_token
+            else:
+                template = INSTRUCTION_WITH_INPUT if extra else INSTRUCTION
+                prompt = template.format(instruction=question, input=extra)
+                whole = prompt + answer
+            written.append((prompt, whole, answer))
+        return written
+
+    def encode(
+        self,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        max_length: int,
+    ) -> list[Example]:
+        if not len(rows):
+            return []
+        if not tokenizer.is_fast:
+            raise RecipeError(
+                "This model's tokenizer cannot tell which characters a token stands for, so the "
+                "answer cannot be found. Choose a model that has a fast tokenizer."
+            )
+        eos = _eos(tokenizer)
+        written = self._written(rows, tokenizer)
+        encoded = tokenizer(
+            [whole for _, whole, _ in written],
+            return_offsets_mapping=True,
+            # A chat template writes its own special tokens.
+            add_special_tokens=not tokenizer.chat_template,
+        )
+        examples = []
+        for number, (prompt, _, _) in enumerate(written):
+            tokens = list(encoded["input_ids"][number])
+            learnt = [start >= len(prompt) for start, _ in encoded["offset_mapping"][number]]
+            if not (learnt[-1] and tokens[-1] == eos):
+                if tokens[-1] == eos:  # appended by the tokenizer, standing for no characters
+                    tokens, learnt = tokens[:-1], learnt[:-1]
+                tokens, learnt = [*tokens, eos], [*learnt, True]
+            if not any(learnt[1:max_length]):
+                raise RecipeError(
+                    f"Row {number + 1}: the instruction alone fills model.max_length = "
+                    f"{max_length} tokens, nothing of the answer is left. Raise it."
+                )
+            targets = [token if own else IGNORED for token, own in zip(tokens, learnt, strict=True)]
+            examples.append({"input_ids": tokens[:max_length], "labels": targets[:max_length]})
+        return examples
+
+    def prompts(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+    ) -> list[tuple[list[int], str, str]]:
+        special = not tokenizer.chat_template
+        return [
+            (
+                _without_eos(tokenizer, tokenizer(prompt, add_special_tokens=special)["input_ids"]),
+                prompt,
+                answer,
+            )
+            for prompt, _, answer in self._written(rows, tokenizer)
+        ]
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise RecipeError("This model's tokenizer has no EOS token, so no text can end.")
+    return int(tokenizer.eos_token_id)
+
+
+def _without_eos(tokenizer: PreTrainedTokenizerBase, tokens: list[int]) -> list[int]:
+    return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens

@@ -1,0 +1,160 @@
+"""What a model is trained to do: the interface between rows of text and a loss.
+
+A task encodes rows into examples, collates examples into batches, and gives one loss an example, so
+that a padded client can be masked and per-example clipping is possible. Its metrics are sums: lists
+of numbers that add up exactly over batches and clients, e.g. "accuracy": [correct, rows]. Only a
+report turns them into ratios.
+"""
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from datasets import Dataset
+from torch import Tensor, nn
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fedtune.errors import RecipeError
+
+Example: TypeAlias = dict[str, list[int]]
+Batch: TypeAlias = dict[str, Tensor]
+Sums: TypeAlias = dict[str, list[float]]
+
+
+def merge(parts: Iterable[Mapping[str, Sequence[float]]]) -> Sums:
+    """The elementwise sum of metrics.
+
+    Raises:
+        ValueError: two parts have lists of different lengths for one name.
+    """
+    total: Sums = {}
+    for part in parts:
+        for name, values in part.items():
+            if name not in total:
+                total[name] = [float(value) for value in values]
+                continue
+            total[name] = [a + b for a, b in zip(total[name], values, strict=True)]
+    return total
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model without adapter.
+
+    Attributes:
+        module: the transformers model.
+        heads: names of its submodules that are trained whole, such as "classifier".
+        fresh: whether those heads are newly made, so that the experiment's seed must fill them.
+    """
+
+    module: PreTrainedModel
+    heads: tuple[str, ...] = ()
+    fresh: bool = True
+
+
+@dataclass(frozen=True)
+class Task(ABC):
+    """Encode, collate, loss; one instance of a frozen dataclass for one recipe."""
+
+    head_policy: ClassVar[str] = "none"
+    generates: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """Columns that every row must have."""
+
+    @property
+    def label_column(self) -> str:
+        """The column of class labels, or "" for a task without classes."""
+        return ""
+
+    def labels(self, train: Dataset | None) -> tuple[str, ...]:
+        """The names of all classes in order; () for a task without classes.
+
+        Args:
+            train: the training rows of all clients in a simulation, None at an institution.
+
+        Raises:
+            RecipeError: an institution's recipe does not name its labels.
+        """
+        return ()
+
+    @abstractmethod
+    def configure(self, config: PretrainedConfig, path: str | Path, labels: Sequence[str]) -> None:
+        """Write what the task needs into the model's configuration, before anything is loaded."""
+
+    @abstractmethod
+    def load(self, path: str | Path, config: PretrainedConfig, **options: Any) -> Base:
+        """The pretrained model at `path`, a folder or a hub id."""
+
+    @abstractmethod
+    def skeleton(self, config: PretrainedConfig) -> Base:
+        """The same model without weights; called under `torch.device("meta")`."""
+
+    @abstractmethod
+    def encode(
+        self,
+        rows: Dataset,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: Sequence[str],
+        max_length: int,
+    ) -> list[Example]:
+        """Tokenised rows, each with "input_ids" and what `collate` needs.
+
+        Raises:
+            RecipeError: a row cannot be encoded; the message has its number, from 1.
+        """
+
+    @abstractmethod
+    def collate(self, examples: Sequence[Example], pad: int) -> Batch:
+        """One batch, padded on the right to its longest example; pad: the pad token's id."""
+
+    @abstractmethod
+    def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
+        """One loss an example, shape (batch,) in float32, and the sums of the task's metrics."""
+
+    def prompts(
+        self, rows: Dataset, tokenizer: PreTrainedTokenizerBase
+    ) -> list[tuple[list[int], str, str]]:
+        """For generative tasks: (prompt's token ids, prompt, reference answer) of each row."""
+        return []
+
+
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """A (rows, longest) int64 tensor, filled up with `value`."""
+    longest = max(len(row) for row in rows)
+    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+
+
+def mask_of(rows: Sequence[Sequence[int]]) -> Tensor:
+    """The attention mask of `pad_right`, 1 where a row has a token."""
+    return pad_right([[1] * len(row) for row in rows], 0)
+
+
+def texts(rows: Dataset, column: str) -> list[str]:
+    """A column of text.
+
+    Raises:
+        RecipeError: the column is missing or a row holds no text.
+    """
+    if column not in rows.column_names:
+        have = ", ".join(rows.column_names)
+        raise RecipeError(f"The rows have no column '{column}'; they have {have}. Set it in task.")
+    values = list(rows[column])
+    for number, value in enumerate(values, start=1):
+        if not isinstance(value, str) or not value.strip():
+            raise RecipeError(f"Row {number}: column '{column}' must be text, not {value!r:.60}.")
+    return values
+
+
+def described(task: Task) -> str:
+    """The task as a recipe writes it."""
+    fields = ", ".join(
+        f"{field.name}={getattr(task, field.name)!r}" for field in dataclasses.fields(task)
+    )
+    return f"{type(task).__name__}({fields})"

@@ -1,0 +1,211 @@
+"""States as Flower records, and the gate that every reply passes.
+
+A group of a state is one ArrayRecord, its tensors npy bytes under their names. Nothing that comes
+from the network is decoded before its names, dtypes, shapes and sizes equal what was expected:
+Flower checks neither an array's declared shape nor its length, and a header may claim any size. A
+reply that does not pass is set aside with its reason and never broadcast into shape.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_type_hints
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
+from torch import Tensor
+
+from fedtune.adapter import Adapter, State
+
+DTYPES = {torch.float32: np.dtype("<f4"), torch.float64: np.dtype("<f8")}
+MAXIMUM_EXAMPLES = 10**9
+CONFIG, METRICS, EXAMPLES = "config", "metrics", "num-examples"
+
+
+class RejectedError(Exception):
+    """A reply that must not touch the model."""
+
+    def __init__(self, code: str, reason: str) -> None:
+        super().__init__(f"{code}: {reason}")
+        self.code = code
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class Address:
+    """Which turn a message belongs to; a reply repeats it, so that an old one is recognised.
+
+    Attributes:
+        run: name and digest of the run.
+        arm: "" for the recipe's own strategy, else the reference's.
+        round: from 1; for an evaluation the round whose model is evaluated, from 0.
+        client: the client's name.
+        last_round: the client's last accepted round before this turn, 0 for none.
+        scope: of an evaluation: "own" or "pooled" test rows.
+    """
+
+    run: str
+    arm: str
+    round: int
+    client: str
+    last_round: int = 0
+    scope: str = "own"
+
+    def record(self) -> ConfigRecord:
+        """The address as a Flower record."""
+        return ConfigRecord(dict(vars(self)))
+
+    @classmethod
+    def of(cls, content: RecordDict) -> "Address":
+        """The address in a message's content.
+
+        Raises:
+            RejectedError: it has none, or one of other fields or types.
+        """
+        record = content.get(CONFIG)
+        wanted = get_type_hints(cls)
+        if not isinstance(record, ConfigRecord) or set(record) != set(wanted):
+            raise RejectedError("E_SCHEMA", "the message has no address record")
+        for key, kind in wanted.items():
+            if type(record[key]) is not kind:
+                raise RejectedError("E_SCHEMA", f"address field '{key}' is no {kind.__name__}")
+        return cls(**record)  # type: ignore[arg-type]
+
+
+def pack(state: State) -> dict[str, ArrayRecord]:
+    """One ArrayRecord a group."""
+    return {
+        group: ArrayRecord({name: Array(_numpy(tensor)) for name, tensor in adapter.items()})
+        for group, adapter in state.items()
+    }
+
+
+def _numpy(tensor: Tensor) -> np.ndarray:
+    values: np.ndarray = tensor.detach().contiguous().numpy()
+    return values.astype(DTYPES[tensor.dtype], copy=False)
+
+
+def unpack(content: RecordDict) -> State:
+    """The state in a message that this process trusts: a broadcast, at a client.
+
+    Raises:
+        RejectedError: an array whose bytes are no npy array of a float dtype.
+    """
+    return {
+        group: {name: torch.from_numpy(_decode(name, array)) for name, array in record.items()}
+        for group, record in content.items()
+        if isinstance(record, ArrayRecord)
+    }
+
+
+def size(content: RecordDict) -> int:
+    """Bytes of all arrays in a message as they are serialised, npy headers included."""
+    return sum(
+        len(array.data)
+        for record in content.values()
+        if isinstance(record, ArrayRecord)
+        for array in record.values()
+    )
+
+
+def _decode(name: str, array: Array, expected: Tensor | None = None) -> np.ndarray:
+    """The array's values, after its header and its length were compared with what is expected."""
+    if array.stype != "numpy.ndarray":
+        raise RejectedError("E_SCHEMA", f"'{name}' is serialised as '{array.stype}'")
+    stream = io.BytesIO(array.data)
+    try:
+        version = np.lib.format.read_magic(stream)
+        read_header = {
+            (1, 0): np.lib.format.read_array_header_1_0,
+            (2, 0): np.lib.format.read_array_header_2_0,
+        }[version]
+        shape, fortran, dtype = read_header(stream)
+    except (ValueError, KeyError, EOFError) as error:
+        raise RejectedError("E_SCHEMA", f"'{name}' is no npy array") from error
+    if dtype not in DTYPES.values() or (expected is not None and dtype != DTYPES[expected.dtype]):
+        wanted = "a float dtype" if expected is None else str(expected.dtype)
+        raise RejectedError("E_DTYPE", f"'{name}' is {dtype}, not {wanted}")
+    if tuple(array.shape) != shape or fortran or array.dtype != str(dtype):
+        raise RejectedError("E_SCHEMA", f"'{name}' declares another array than its bytes hold")
+    if expected is not None and shape != tuple(expected.shape):
+        raise RejectedError("E_SCHEMA", f"'{name}' has shape {shape}, not {tuple(expected.shape)}")
+    body = memoryview(array.data)[stream.tell() :]
+    # Python integers do not overflow, whatever the header claims.
+    count = 1
+    for length in shape:
+        count *= length
+    if len(body) != count * dtype.itemsize:
+        raise RejectedError("E_SCHEMA", f"'{name}' holds {len(body)} bytes, not what it declares")
+    return np.frombuffer(body, dtype=dtype).reshape(shape).copy()
+
+
+def gate(content: RecordDict, sent: Address, schema: State, examples: int) -> tuple[State, int]:
+    """The state and number of examples of a reply to a train message, if it is what was asked for.
+
+    Args:
+        content: of the reply.
+        sent: the address that the message carried.
+        schema: tensors with the expected groups, names, shapes and dtypes (values do not matter).
+        examples: the training rows that the client said it has, an upper bound of its weight.
+
+    Returns:
+        The state, its tensors in the schema's order, and the number of examples.
+
+    Raises:
+        RejectedError: with a code and a reason: E_REPLAY (another turn), E_SCHEMA (names, shapes,
+            sizes), E_DTYPE, E_NONFINITE, E_WEIGHT.
+    """
+    _same_turn(content, sent)
+    groups = {key: record for key, record in content.items() if isinstance(record, ArrayRecord)}
+    if odd := groups.keys() ^ schema.keys():
+        raise RejectedError("E_SCHEMA", f"the groups {sorted(odd)} are missing or unknown")
+    state: State = {}
+    for group, expected in schema.items():
+        record = groups[group]
+        if odd := record.keys() ^ expected.keys():
+            shown = ", ".join(sorted(odd)[:3])
+            raise RejectedError("E_SCHEMA", f"{len(odd)} tensors missing or unknown: {shown}")
+        decoded: Adapter = {}
+        for name, tensor in expected.items():
+            values = _decode(name, record[name], tensor)
+            if not np.isfinite(values).all():
+                raise RejectedError("E_NONFINITE", f"'{name}' holds NaN or infinity")
+            decoded[name] = torch.from_numpy(values)
+        state[group] = decoded
+    count = content[METRICS].get(EXAMPLES) if isinstance(content.get(METRICS), MetricRecord) else 0
+    if type(count) is not int or not 1 <= count <= min(examples, MAXIMUM_EXAMPLES):
+        raise RejectedError("E_WEIGHT", f"num-examples is {count!r}, not between 1 and {examples}")
+    return state, count
+
+
+def _same_turn(content: RecordDict, sent: Address) -> None:
+    came = Address.of(content)
+    if came != sent:
+        odd = [key for key in vars(sent) if getattr(came, key) != getattr(sent, key)]
+        raise RejectedError("E_REPLAY", f"the reply belongs to another turn ({', '.join(odd)})")
+
+
+def metrics_record(sums: Mapping[str, Sequence[float]], examples: int = 0) -> MetricRecord:
+    """Metrics, which are lists of numbers that add up, as a Flower record."""
+    return MetricRecord({EXAMPLES: examples, **{k: [float(v) for v in s] for k, s in sums.items()}})
+
+
+def gate_metrics(content: RecordDict, sent: Address) -> dict[str, list[float]]:
+    """The metrics of a reply, if they are finite lists of numbers.
+
+    Raises:
+        RejectedError: E_REPLAY, E_SCHEMA or E_NONFINITE.
+    """
+    _same_turn(content, sent)
+    record = content.get(METRICS)
+    if not isinstance(record, MetricRecord):
+        raise RejectedError("E_SCHEMA", "the reply has no metrics")
+    sums: dict[str, list[float]] = {}
+    for name, values in record.items():
+        if name == EXAMPLES:
+            continue
+        if not isinstance(values, list) or not all(np.isfinite(values)):
+            raise RejectedError("E_NONFINITE", f"metric '{name}' is no list of finite numbers")
+        sums[name] = [float(value) for value in values]
+    return sums

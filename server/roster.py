@@ -1,0 +1,164 @@
+"""Who is there: client names and the nodes that host them, learnt with one query.
+
+Node ids are random and new at every start; everything else in FedTune knows clients by name.
+"""
+
+import json
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from fedtune import wire
+from fedtune.config import NAME, CoordinatorSettings
+from fedtune.errors import FedTuneError, RecipeError, RunError
+
+QUERY_SECONDS = 600.0  # a node imports torch and reads its rows before it answers
+
+
+@dataclass(frozen=True)
+class Member:
+    """A client as it describes itself.
+
+    Attributes:
+        name: its name.
+        node: the node that hosts it.
+        examples: its training rows.
+        test_examples: its test rows.
+        mix: its training rows a label, None where it withholds them or there are no labels.
+        labels: the classes that its rows are encoded with.
+    """
+
+    name: str
+    node: int
+    examples: int
+    test_examples: int
+    mix: dict[str, int] | None
+    labels: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Roster:
+    """The population, by name, and the nodes that could not take part with their reasons."""
+
+    members: dict[str, Member]
+    refusals: tuple[str, ...] = ()
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes, the same for all."""
+        return next(iter(self.members.values())).labels
+
+    def to_json(self) -> dict[str, Any]:
+        """For `roster.json`."""
+        clients = [
+            {
+                "name": member.name,
+                "examples": member.examples,
+                "test_examples": member.test_examples,
+                "mix": member.mix,
+            }
+            for member in self.members.values()
+        ]
+        return {"labels": list(self.labels), "clients": clients}
+
+
+def ask(grid: Grid, arm: str, settings: CoordinatorSettings) -> Roster:
+    """The roster, once enough nodes have answered.
+
+    Waits for every node of a simulation, or for `coordinator.minimum_clients` institutions.
+
+    Raises:
+        RecipeError: every node refused for the recipe's or its data's sake.
+        RunError: too few nodes in `coordinator.wait_seconds`, a name twice, or different labels.
+    """
+    deadline = time.monotonic() + settings.wait_seconds
+    members: dict[str, Member] = {}
+    asked: set[int] = set()
+    refusals: dict[int, str] = {}
+    nodes_expected = 1
+    while True:
+        new = sorted(set(grid.get_node_ids()) - asked)
+        asked |= set(new)
+        for node, reply in _replies(grid, new, arm):
+            if reply.has_error():
+                refusals[node] = reply.error.reason or "no reason given"
+                continue
+            nodes_expected = max(nodes_expected, _enter(members, node, reply))
+        enough = len(members) >= settings.minimum_clients
+        if (members and enough and len(asked) >= nodes_expected) or (
+            refusals and len(asked) >= nodes_expected and not members
+        ):
+            break
+        if time.monotonic() > deadline:
+            break
+        time.sleep(0.5)
+    return _checked(members, refusals, len(asked), nodes_expected, settings)
+
+
+def _replies(grid: Grid, nodes: Iterable[int], arm: str) -> Iterable[tuple[int, Message]]:
+    config = ConfigRecord({"arm": arm})
+    messages = [Message(RecordDict({wire.CONFIG: config}), n, "query.describe") for n in nodes]
+    if not messages:
+        return
+    node_of: dict[str, int] = {}
+    replies = []
+    for reply in grid.send_and_receive(messages, timeout=QUERY_SECONDS):
+        node_of.update({m.metadata.message_id: m.metadata.dst_node_id for m in messages})
+        replies.append((node_of[reply.metadata.reply_to_message_id], reply))
+    yield from sorted(replies, key=lambda pair: pair[0])
+
+
+def _enter(members: dict[str, Member], node: int, reply: Message) -> int:
+    """Enter a node's clients; returns how many nodes its simulation has, 0 for an institution."""
+    record = reply.content[wire.CONFIG]
+    for about in json.loads(str(record["clients"])):
+        name = str(about["name"])
+        if not NAME.fullmatch(name):
+            raise RunError(f"A client calls itself {name!r}; names must match {NAME.pattern}.")
+        if name in members and members[name].node != node:
+            raise RunError(f"Two nodes call themselves '{name}'. Give each its own client name.")
+        members[name] = Member(
+            name,
+            node,
+            int(about["examples"]),
+            int(about["test_examples"]),
+            about["mix"],
+            tuple(about["labels"]),
+        )
+    nodes = record["nodes"]
+    return nodes if isinstance(nodes, int) else 0
+
+
+def _checked(
+    members: dict[str, Member],
+    refusals: dict[int, str],
+    nodes: int,
+    expected: int,
+    settings: CoordinatorSettings,
+) -> Roster:
+    if not members and refusals:
+        raise _error_of(next(iter(refusals.values())))
+    reasons = "".join(f" A node refused: {reason}" for reason in refusals.values())
+    if nodes < expected or len(members) < settings.minimum_clients:
+        raise RunError(
+            f"{len(members)} clients on {nodes} nodes after {settings.wait_seconds:.0f} s; "
+            f"{settings.minimum_clients} clients on {expected} nodes are needed.{reasons} Start "
+            "the missing nodes, raise coordinator.wait_seconds or lower "
+            "coordinator.minimum_clients."
+        )
+    by_name = dict(sorted(members.items()))
+    first = next(iter(by_name.values()))
+    for member in by_name.values():
+        if member.labels != first.labels:
+            raise RunError(f"'{first.name}' and '{member.name}' have different labels.")
+    return Roster(by_name, tuple(refusals.values()))
+
+
+def _error_of(reason: str) -> FedTuneError:
+    """A client's error under its own kind: a wrong recipe stays a wrong recipe."""
+    kind, _, text = reason.partition(": ")
+    return RecipeError(text) if kind == "RecipeError" else RunError(f"Every node refused: {reason}")

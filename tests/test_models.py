@@ -1,0 +1,182 @@
+"""One resident model: what is read is what was written, and PEFT agrees about every name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fedtune import models
+from fedtune.adapter import digest
+from fedtune.config import AdapterSettings, ModelSettings
+from fedtune.errors import RecipeError
+from fedtune.models import SentenceClassifier
+from fedtune.tasks import CausalLM, Classification, Task
+
+LABELS = ("a", "b", "c")
+CASES = [
+    ("tiny_bert", Classification(), LABELS),
+    ("tiny_bert", Classification(pooling="model"), LABELS),
+    ("tiny_llama", Classification(), LABELS),
+    ("tiny_llama", CausalLM(), ()),
+    ("tiny_gpt2", CausalLM(), ()),
+]
+
+
+@pytest.fixture(params=CASES, ids=lambda case: f"{case[0]}-{type(case[1]).__name__}")
+def case(request: pytest.FixtureRequest) -> tuple[Task, ModelSettings, tuple[str, ...]]:
+    name, task, labels = request.param
+    return task, ModelSettings(name=str(request.getfixturevalue(name)), device="cpu"), labels
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_names_are_pefts(case: tuple[Task, ModelSettings, tuple[str, ...]], dora: bool) -> None:
+    task, settings, labels = case
+    model = models.load(task, settings, AdapterSettings(rank=2, dora=dora), labels, 0)
+    theirs = get_peft_model_state_dict(model.module, save_embedding_layers=False)
+    ours = {name: p for group in model.tensors.values() for name, p in group.items()}
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert all("lora_" in name for name in model.tensors["adapter"])
+    assert ("head" in model.tensors) == bool(labels)
+
+
+def test_the_skeleton_has_the_same_tensors(
+    case: tuple[Task, ModelSettings, tuple[str, ...]],
+) -> None:
+    task, settings, labels = case
+    model = models.load(task, settings, AdapterSettings(rank=3), labels, 0)
+    tensors, parameters, size = models.skeleton(task, settings, AdapterSettings(rank=3), labels)
+    assert {g: {n: p.shape for n, p in t.items()} for g, t in tensors.items()} == {
+        g: {n: p.shape for n, p in t.items()} for g, t in model.tensors.items()
+    }
+    trainable = sum(p.numel() for p in model.module.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in model.module.parameters())
+    # PEFT keeps an untrained copy of each head, and the base's own counts once.
+    assert parameters == everything - trainable
+    assert size == 4 * parameters
+
+
+def test_the_start_depends_on_the_seed_alone(
+    case: tuple[Task, ModelSettings, tuple[str, ...]],
+) -> None:
+    task, settings, labels = case
+    model = models.load(task, settings, AdapterSettings(rank=2), labels, 0)
+    torch.manual_seed(1)
+    first = models.initial(model, 5)
+    torch.manual_seed(2)
+    before = digest(models.read(model))
+    assert digest(models.initial(model, 5)) == digest(first) != digest(models.initial(model, 6))
+    assert digest(models.read(model)) == before
+    assert all(
+        bool(tensor.any()) == ("lora_B" not in name) for name, tensor in first["adapter"].items()
+    )
+
+
+def test_write_refuses_what_does_not_fit(tiny_llama: Path) -> None:
+    model = models.load(
+        CausalLM(),
+        ModelSettings(name=str(tiny_llama), device="cpu"),
+        AdapterSettings(rank=2),
+        (),
+        0,
+    )
+    state = models.read(model)
+    name, tensor = next(iter(state["adapter"].items()))
+    for wrong in (
+        {"adapter": {name: tensor[:1]}},
+        {"adapter": {"x": tensor}},
+        {"head": {name: tensor}},
+    ):
+        with pytest.raises(ValueError, match="the model has no tensor"):
+            models.write(model, wrong)
+    assert digest(models.read(model)) == digest(state)
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_peft_loads_a_saved_classifier_with_the_same_predictions(
+    tiny_bert: Path, tmp_path: Path, dora: bool
+) -> None:
+    settings, adapter = (
+        ModelSettings(name=str(tiny_bert), device="cpu"),
+        AdapterSettings(2, dora=dora),
+    )
+    model = models.load(Classification(), settings, adapter, LABELS, 0)
+    state = perturbed(models.initial(model, 0))
+    before = digest(models.read(model))
+    models.save(model, state, tmp_path / "adapter")
+    assert digest(models.read(model)) == before
+    base = SentenceClassifier.from_pretrained(
+        tiny_bert, config=AutoConfig.from_pretrained(tiny_bert, num_labels=3)
+    )
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
+    models.write(model, state)
+    model.module.eval()
+    ids = torch.tensor([[2, 5, 6, 7, 3], [2, 9, 8, 3, 0]])
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
+    with torch.no_grad():
+        ours = model.module(input_ids=ids, attention_mask=mask).logits
+        theirs = loaded(input_ids=ids, attention_mask=mask).logits
+    assert torch.equal(ours, theirs)
+    about = json.loads((tmp_path / "adapter" / "fedtune.json").read_text())
+    assert about["labels"] == list(LABELS)
+
+
+def test_a_merged_model_needs_no_peft(tiny_llama: Path, tmp_path: Path) -> None:
+    settings = ModelSettings(name=str(tiny_llama), device="cpu")
+    model = models.load(CausalLM(), settings, AdapterSettings(rank=2), (), 0)
+    state = perturbed(models.initial(model, 0))
+    models.write(model, state)
+    ids = torch.tensor([[1, 5, 6, 7]])
+    model.module.eval()
+    with torch.no_grad():
+        expected = model.module(input_ids=ids).logits
+    models.merge(model, state, tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def perturbed(state: dict[str, dict[str, torch.Tensor]]) -> dict[str, dict[str, torch.Tensor]]:
+    draws = torch.Generator().manual_seed(3)
+    return {
+        group: {
+            name: t + 0.3 * torch.randn(t.shape, generator=draws) for name, t in tensors.items()
+        }
+        for group, tensors in state.items()
+    }
+
+
+def test_a_missing_target_module_is_told_with_those_there_are(tiny_llama: Path) -> None:
+    settings = ModelSettings(name=str(tiny_llama), device="cpu")
+    with pytest.raises(RecipeError, match=r"no linear module 'query'.*down_proj, gate_proj"):
+        models.load(CausalLM(), settings, AdapterSettings(target_modules="q_proj,query"), (), 0)
+
+
+def test_a_missing_model_is_told_with_what_to_do() -> None:
+    settings = ModelSettings(name="no-such/model", device="cpu")
+    with pytest.raises(RecipeError, match=r"'no-such/model'.*hf download no-such/model"):
+        models.load(CausalLM(), settings, AdapterSettings(), (), 0)
+
+
+def test_an_unusable_device_is_told(tiny_llama: Path) -> None:
+    settings = ModelSettings(name=str(tiny_llama), device="warp:9")
+    with pytest.raises(RecipeError, match=r"model.device = 'warp:9' cannot be used"):
+        models.load(CausalLM(), settings, AdapterSettings(), (), 0)
+
+
+def test_a_relative_folder_is_found_from_the_given_one(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDTUNE_FOLDER", str(tiny_llama.parent))
+    assert models.resolve(tiny_llama.name) == str(tiny_llama)
+    assert models.resolve("organisation/model") == "organisation/model"
+
+
+def test_bfloat16_keeps_the_trained_part_in_float32(tiny_llama: Path) -> None:
+    settings = ModelSettings(name=str(tiny_llama), device="cpu", dtype="bfloat16")
+    model = models.load(Classification(), settings, AdapterSettings(rank=2), LABELS, 0)
+    assert {p.dtype for group in model.tensors.values() for p in group.values()} == {torch.float32}
+    assert model.module.get_base_model().model.embed_tokens.weight.dtype == torch.bfloat16
