@@ -4,7 +4,10 @@ A simulated node hosts every client whose number is its own modulo the number of
 number of nodes can carry any number of clients; an institution's SuperNode hosts one.
 """
 
+import functools
 import json
+import logging
+from collections.abc import Callable
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -13,9 +16,10 @@ from clients import client as clients
 from clients.client import Client
 from fedtune import parts, shards, wire
 from fedtune.config import Experiment
-from fedtune.errors import RecipeError
-from fedtune.wire import Address
+from fedtune.errors import FedTuneError, RecipeError, RunError
+from fedtune.wire import Address, RejectedError
 
+log = logging.getLogger("fedtune")
 app = ClientApp()
 
 
@@ -37,6 +41,30 @@ def hosted(context: Context, arm: str) -> dict[str, Client]:
     return {name: c for number, (name, c) in enumerate(everybody) if number % nodes == own}
 
 
+def _guarded(
+    answer: Callable[[Message, Context], Message],
+) -> Callable[[Message, Context], Message]:
+    """Tell the coordinator why this client failed, but never what stood in a row.
+
+    FedTune's own errors quote no rows. Those of libraries may, so an institution sends only their
+    kind and keeps the rest in its own log.
+    """
+
+    @functools.wraps(answer)
+    def guarded(message: Message, context: Context) -> Message:
+        try:
+            return answer(message, context)
+        except (FedTuneError, FloatingPointError, RejectedError):
+            raise
+        except Exception as error:
+            if "partition-id" in context.node_config:
+                raise
+            log.exception("this client failed")
+            raise RunError(f"{type(error).__name__}, see this client's own log") from None
+
+    return guarded
+
+
 def _addressed(message: Message, context: Context) -> tuple[Client, Address]:
     address = Address.of(message.content)
     here = hosted(context, address.arm)
@@ -46,6 +74,7 @@ def _addressed(message: Message, context: Context) -> tuple[Client, Address]:
 
 
 @app.query("describe")
+@_guarded
 def describe(message: Message, context: Context) -> Message:
     """Who is here: names, numbers of rows, labels; label counts where the policy allows."""
     here = hosted(context, str(message.content[wire.CONFIG]["arm"]))
@@ -68,6 +97,7 @@ def describe(message: Message, context: Context) -> Message:
 
 
 @app.train()
+@_guarded
 def train(message: Message, context: Context) -> Message:
     """One client's round."""
     client, address = _addressed(message, context)
@@ -81,6 +111,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 @app.evaluate()
+@_guarded
 def evaluate(message: Message, context: Context) -> Message:
     """One client's test rows."""
     client, address = _addressed(message, context)

@@ -6,9 +6,10 @@ trains its own.
 """
 
 import functools
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from datasets import Dataset
 
 from clients import personal
 from clients.policy import OPEN, Policy
@@ -18,9 +19,10 @@ from fedtune.config import DataSettings, Experiment
 from fedtune.errors import RecipeError
 from fedtune.heads import HeadRule
 from fedtune.models import Model
+from fedtune.records import Sums
 from fedtune.shards import Shard
 from fedtune.strategies.strategy import Plan, Turn
-from fedtune.tasks.task import Example, Sums
+from fedtune.tasks.task import Example
 from fedtune.training import Work
 from fedtune.wire import Address
 
@@ -47,7 +49,7 @@ class Client:
         labels: the classes of the head.
         state: the folder of what it keeps to itself.
         policy: what it lets out.
-        everybody: the test rows of all clients, in a simulation only.
+        everybody: in a simulation, the client that would hold the rows of all.
     """
 
     experiment: Experiment
@@ -55,7 +57,7 @@ class Client:
     labels: tuple[str, ...]
     state: Path
     policy: Policy = OPEN
-    everybody: Sequence[Shard] = field(default=(), repr=False)
+    everybody: "Client | None" = None
 
     @functools.cached_property
     def parts(self) -> parts.Parts:
@@ -71,26 +73,19 @@ class Client:
     @functools.cached_property
     def examples(self) -> list[Example]:
         """Its encoded training rows."""
-        return self._encoded([self.shard], "train")
+        return self._encoded(self.shard.train, "train")
 
     @functools.cached_property
     def tests(self) -> list[Example]:
         """Its encoded test rows."""
-        return self._encoded([self.shard], "test")
+        return self._encoded(self.shard.test, "test")
 
-    def _encoded(self, held: Sequence[Shard], split: str) -> list[Example]:
-        model, task, examples = self.model, self.parts.task, []
-        for shard in held:
-            try:
-                examples += task.encode(
-                    getattr(shard, split),
-                    model.tokenizer,
-                    self.labels,
-                    self.experiment.model.max_length,
-                )
-            except RecipeError as error:
-                raise RecipeError(f"{split} rows of client '{shard.name}': {error}") from error
-        return examples
+    def _encoded(self, rows: Dataset, split: str) -> list[Example]:
+        limit, model = self.experiment.model.max_length, self.model
+        try:
+            return self.parts.task.encode(rows, model.tokenizer, self.labels, limit)
+        except RecipeError as error:
+            raise RecipeError(f"{split} rows of client '{self.shard.name}': {error}") from error
 
     def _turn(self, address: Address, received: State) -> Turn:
         kept = personal.load(self.state, address.last_round)
@@ -139,9 +134,9 @@ class Client:
         start = self._with_head(turn, self.parts.strategy.plan(turn)).start
         tests = self.tests
         if address.scope == "pooled":
-            if not self.everybody:
+            if self.everybody is None:
                 raise RecipeError("Test rows never leave an institution; nothing can be pooled.")
-            tests = _pooled_tests(self)
+            tests = self.everybody.tests
         return training.evaluate(
             self.model, self.parts.task, start, tests, self.experiment.evaluation.batch_size
         )
@@ -155,16 +150,6 @@ class Client:
         prompts = self.parts.task.prompts(rows, self.model.tokenizer)
         answers = models.generate(self.model, [ids for ids, _, _ in prompts], SAMPLE_TOKENS)
         return [(p, a, r) for (_, p, r), a in zip(prompts, answers, strict=True)]
-
-
-@functools.lru_cache(maxsize=1)
-def _tests_of(experiment: Experiment) -> list[Example]:
-    any_client = next(iter(simulated(experiment).values()))
-    return any_client._encoded(any_client.everybody, "test")
-
-
-def _pooled_tests(client: Client) -> list[Example]:
-    return _tests_of(client.experiment)
 
 
 @functools.lru_cache(maxsize=1)
@@ -183,11 +168,13 @@ def simulated(experiment: Experiment) -> dict[str, Client]:
     held = _held(experiment.data, experiment.seed)
     everything = shards.pooled(held)
     labels = resolved.task.labels(everything.train)
-    present = [everything] if resolved.strategy.pools else held
     root = parts.folder_of(experiment) / "clients"
+    everybody = Client(experiment, everything, labels, root / everything.name)
+    if resolved.strategy.pools:
+        return {everything.name: everybody}
     return {
-        shard.name: Client(experiment, shard, labels, root / shard.name, OPEN, held)
-        for shard in present
+        shard.name: Client(experiment, shard, labels, root / shard.name, OPEN, everybody)
+        for shard in held
     }
 
 

@@ -8,7 +8,8 @@ and a reply that was set aside leaves no trace.
 import shutil
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as serialized
 
 from fedtune.adapter import State
 from fedtune.errors import RunError
@@ -37,7 +38,7 @@ def save(root: Path, round: int, state: State) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     for group, adapter in state.items():
-        save_file(adapter, fresh / f"{group}.safetensors")
+        (fresh / f"{group}.safetensors").write_bytes(serialized(adapter))
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
     older = sorted(path for path in root.glob("round-??????") if path <= folder)

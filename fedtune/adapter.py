@@ -94,5 +94,5 @@ def digest(state: State) -> str:
     for group, adapter in sorted(state.items()):
         for name, tensor in sorted(adapter.items()):
             sha.update(f"{group}|{name}|{tuple(tensor.shape)}|{tensor.dtype}|".encode())
-            sha.update(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes())
+            sha.update(tensor.detach().numpy().tobytes())
     return sha.hexdigest()

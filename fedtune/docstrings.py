@@ -29,6 +29,7 @@ SURPLUS = 4  # docstrings looked at for each row kept, so that rows come from ma
 PASSED_OVER = re.compile(
     r"(^|/)(tests?|testing|conftest\.py|test_[^/]*|[^/]*_test\.py|_?vendor(ed)?|third_party)(/|$)"
 )
+PARAMETER = re.compile(r"\S+ ?\(`|\S+ : |\S+: `")  # the first of a list of parameters
 MARKUP = (">>>", "..", ":", "@", "#", "<", "{", "[", "|", "+-", "--", "==", "$ ")
 
 Row = dict[str, str]
@@ -74,8 +75,9 @@ def paragraph(docstring: str) -> str:
     """The first paragraph on one line, or "" where it is too short or no text."""
     text = " ".join(re.split(r"\n\s*\n", docstring.strip(), maxsplit=1)[0].split())
     letters = sum(character.isalpha() or character == " " for character in text)
-    is_text = text.isprintable() and letters >= 0.7 * len(text) and not text.startswith(MARKUP)
-    return text if is_text and len(text) >= SHORTEST else ""
+    if text.startswith(MARKUP) or PARAMETER.match(text) or not text.isprintable():
+        return ""
+    return text if len(text) >= SHORTEST and letters >= 0.7 * len(text) else ""
 
 
 def _walk(

@@ -25,7 +25,9 @@ from filelock import FileLock, Timeout
 from fedtune import page, parts, report
 from fedtune.config import Experiment
 from fedtune.errors import FedTuneError, RecipeError, RunError
-from fedtune.report import RoundRecord, Run
+from fedtune.records import RoundRecord
+from fedtune.report import Run
+from server import checkpoint
 
 log = logging.getLogger("fedtune")
 ENVIRONMENT = {
@@ -73,6 +75,7 @@ def run(
                 f"`fedtune report {folder}`, give this one another name (name=second), or start "
                 "over with --overwrite."
             )
+        checkpoint.latest(folder / "checkpoint", experiment)
         return report.read(folder)
     _require_run_folder(folder)
     for key, value in ENVIRONMENT.items():

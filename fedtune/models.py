@@ -77,9 +77,11 @@ def resolve(name: str) -> str:
     if name.isidentifier():
         spec = importlib.util.find_spec(name)
         if spec and spec.origin:
-            found = sorted(Path(spec.origin).parent.glob("**/config.json"))
-            if found:
-                return str(found[0].parent)
+            found = Path(spec.origin).parent.glob("**/config.json")
+            # Parts of a sentence encoder have a config.json too, in folders below the model's.
+            nearest = min(found, key=lambda path: (len(path.parts), path), default=None)
+            if nearest:
+                return str(nearest.parent)
     return name
 
 

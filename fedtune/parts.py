@@ -14,7 +14,7 @@ from fedtune.components import build, nearest
 from fedtune.config import Experiment
 from fedtune.data import SOURCES
 from fedtune.errors import RecipeError
-from fedtune.shards import PARTITIONS
+from fedtune.partitions import PARTITIONS
 from fedtune.strategies import STRATEGIES, Strategy
 from fedtune.tasks import TASKS, Task
 

@@ -11,7 +11,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
 
-from fedtune.report import RoundRecord, human_bytes, merge, summarise
+from fedtune.records import RoundRecord, merge
+from fedtune.report import human_bytes, summarise
 
 QUALITY = ("accuracy", "macro_f1", "perplexity", "token_accuracy")
 
@@ -21,13 +22,13 @@ class ProgressHandler(logging.Handler):
 
     Args:
         console: where to draw.
-        name: how the recipe's own strategy is called.
+        title: how the recipe's own strategy is called.
     """
 
-    def __init__(self, console: Console, name: str) -> None:
+    def __init__(self, console: Console, title: str) -> None:
         super().__init__(logging.INFO)
         self.console = console
-        self.name = name
+        self.title = title
         self.tasks: dict[str, TaskID] = {}
         self.cohort: dict[str, int] = {}
         self.rounds: dict[str, int] = {}
@@ -70,7 +71,7 @@ class ProgressHandler(logging.Handler):
             return
         arm = str(event["arm"])
         if arm not in self.tasks:
-            description: str = arm or self.name
+            description: str = arm or self.title
             self.tasks[arm] = self.progress.add_task(description, total=None, round="", numbers="")
             self.rounds[arm], self.cohort[arm], self.bytes[arm] = 0, 1, 0
         if event["event"] == "roster":
@@ -98,5 +99,5 @@ class ProgressHandler(logging.Handler):
         self.progress.update(self.tasks[arm], completed=float(record.round), numbers=text)
         if not self.console.is_terminal:
             label = f"round {record.round}" if record.round else "untuned"
-            line = f"{arm or self.name}: {label}: {text}  {record.seconds:.1f} s"
+            line = f"{arm or self.title}: {label}: {text}  {record.seconds:.1f} s"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -15,9 +15,10 @@ from fedtune import models
 from fedtune.adapter import State
 from fedtune.config import TrainSettings
 from fedtune.models import Model
+from fedtune.records import Sums, merge
 from fedtune.seeds import generator, seed_of
 from fedtune.strategies.strategy import Plan
-from fedtune.tasks.task import Example, Sums, Task, merge
+from fedtune.tasks.task import Example, Task
 
 
 @dataclass(frozen=True)

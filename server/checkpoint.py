@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from fedtune.adapter import State
 from fedtune.config import Experiment, Leaf
@@ -65,7 +65,7 @@ def commit(folder: Path, checkpoint: Checkpoint, experiment: Experiment) -> None
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         for group, adapter in checkpoint.state.items():
-            save_file(adapter, fresh / f"{group}.safetensors")
+            (fresh / f"{group}.safetensors").write_bytes(save(adapter))
         manifest = {
             "round": checkpoint.round,
             "experiment": identity(experiment),

@@ -20,7 +20,7 @@ from fedtune.adapter import Adapter, State
 from fedtune.config import Experiment
 from fedtune.errors import RunError
 from fedtune.heads import HeadRule
-from fedtune.report import Rejection, RoundRecord
+from fedtune.records import Rejection, RoundRecord, Sums
 from fedtune.strategies.strategy import ClientInfo, Update
 from fedtune.wire import Address, RejectedError
 from server import checkpoint, roster
@@ -36,7 +36,8 @@ class Tally:
 
     bytes_down: int = 0
     bytes_up: int = 0
-    train: dict[str, dict[str, list[float]]] = field(default_factory=dict)
+    bytes_evaluation: int = 0
+    train: dict[str, Sums] = field(default_factory=dict)
     rejected: list[Rejection] = field(default_factory=list)
 
 
@@ -170,10 +171,14 @@ class Coordinator:
         return messages
 
     def _replies(
-        self, messages: dict[str, tuple[Address, Message]], tally: Tally
+        self, kind: str, messages: dict[str, tuple[Address, Message]], tally: Tally
     ) -> dict[str, RecordDict]:
         """Contents by client name, errors and silence set aside; an unasked or second reply too."""
-        tally.bytes_down += sum(wire.size(message.content) for _, message in messages.values())
+        down = sum(wire.size(message.content) for _, message in messages.values())
+        if kind == "train":
+            tally.bytes_down += down
+        else:
+            tally.bytes_evaluation += down
         contents: dict[str, RecordDict] = {}
         timeout = self.experiment.coordinator.timeout_seconds
         sent = [message for _, message in messages.values()]
@@ -188,9 +193,7 @@ class Coordinator:
             else:
                 contents[name] = reply.content
                 tally.bytes_up += wire.size(reply.content)
-                self._say(
-                    "reply", f"{name} answered", client=name, kind=sent[0].metadata.message_type
-                )
+                self._say("reply", f"{name} answered", client=name, kind=kind)
         answered = contents.keys() | {rejection.client for rejection in tally.rejected}
         for name in messages.keys() - answered:
             self._reject(tally, name, "E_TIMEOUT", f"no reply in {timeout:.0f} s")
@@ -205,7 +208,7 @@ class Coordinator:
     ) -> list[Update]:
         """Accepted updates, sorted by client name."""
         messages = self._messages("train", server, names, round)
-        contents = self._replies(messages, tally)
+        contents = self._replies("train", messages, tally)
         schema = self.parts.strategy.payload(self.initial["adapter"], round)
         if self.head.shared and "head" in self.initial:
             schema = {**schema, "head": self.initial["head"]}
@@ -224,20 +227,18 @@ class Coordinator:
             tally.train[name] = {k: v for k, v in sums.items() if len(v) == 2}
         return updates
 
-    def _evaluate(
-        self, server: State, round: int, tally: Tally
-    ) -> dict[str, dict[str, dict[str, list[float]]]]:
+    def _evaluate(self, server: State, round: int, tally: Tally) -> dict[str, dict[str, Sums]]:
         """Metrics on own test rows, and for personal models in the last round on pooled ones."""
         last = round == self.experiment.rounds
         scopes = ["own"]
         if last and self.parts.strategy.personal and len(self.roster.members) > 1:
             scopes.append("pooled")
-        evaluation: dict[str, dict[str, dict[str, list[float]]]] = {}
+        evaluation: dict[str, dict[str, Sums]] = {}
         tested = [name for name, member in self.roster.members.items() if member.test_examples]
         for scope in scopes:
             names = tested if scope == "own" else list(self.roster.members)
             messages = self._messages("evaluate", server, names, round, scope)
-            contents = self._replies(messages, tally)
+            contents = self._replies("evaluate", messages, tally)
             evaluation[scope] = {}
             for name in sorted(contents):
                 try:
@@ -267,7 +268,7 @@ class Coordinator:
         cohort: Sequence[str],
         began: float,
         tally: Tally,
-        evaluation: dict[str, dict[str, dict[str, list[float]]]],
+        evaluation: dict[str, dict[str, Sums]],
         moved: float,
     ) -> None:
         record = RoundRecord(
@@ -276,6 +277,7 @@ class Coordinator:
             seconds=time.monotonic() - began,
             bytes_down=tally.bytes_down,
             bytes_up=tally.bytes_up,
+            bytes_evaluation=tally.bytes_evaluation,
             train=tally.train,
             rejected=tally.rejected,
             evaluation=evaluation,

@@ -8,12 +8,14 @@ SOURCES = sorted(p for top in ("fedtune", "clients", "server") for p in (ROOT / 
 # Who may be imported by whom: a module imports only from layers before its own.
 LAYERS = [
     {"errors"},
-    {"adapter", "components", "seeds", "metrics"},
+    {"adapter", "components", "records", "seeds"},
     {"config"},
-    {"combine", "cohorts", "corpus", "docstrings", "data", "shards", "strategies", "tasks"},
+    {"combine", "corpus", "docstrings", "files"},
+    {"cohorts", "data", "partitions", "strategies", "tasks"},
+    {"shards"},
     {"heads", "models", "wire", "parts"},
     {"training", "report"},
-    {"page", "planning", "exporting", "progress"},
+    {"exporting", "page", "planning", "progress"},
     {"flower", "launch"},
     {"cli"},
 ]

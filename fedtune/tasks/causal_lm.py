@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from fedtune.errors import RecipeError
-from fedtune.tasks.task import Base, Batch, Example, Sums, Task, mask_of, pad_right, texts
+from fedtune.records import Sums
+from fedtune.tasks.task import Base, Batch, Example, Task, mask_of, pad_right, texts
 
 IGNORED = -100
 INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"

@@ -24,9 +24,9 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from fedtune.components import nearest
 from fedtune.errors import RecipeError
-from fedtune.tasks.task import Base, Batch, Example, Sums, Task, mask_of, pad_right, texts
+from fedtune.records import Sums
+from fedtune.tasks.task import Base, Batch, Example, Task, mask_of, pad_right, texts
 
 NORM = 16.0  # of a pooled sentence; a unit vector leaves the softmax nearly flat
 SENTENCE_ENCODER_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling")
@@ -167,8 +167,8 @@ class Classification(Task):
         for number, (tokens, label) in enumerate(zip(ids, rows[self.label], strict=True), start=1):
             if str(label) not in index:
                 raise RecipeError(
-                    f"Row {number}: label '{label}' does not occur in training."
-                    f"{nearest(str(label), index)} Known: {', '.join(labels[:20])}. "
+                    f"Row {number}: its label does not occur in training. "
+                    f"Known: {', '.join(labels[:20])}. "
                     "Correct the row, or name every label: classification(classes='...')."
                 )
             examples.append({"input_ids": tokens, "label": [index[str(label)]]})

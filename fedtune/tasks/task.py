@@ -6,9 +6,8 @@ of numbers that add up exactly over batches and clients, e.g. "accuracy": [corre
 report turns them into ratios.
 """
 
-import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
@@ -19,26 +18,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fedtune.errors import RecipeError
+from fedtune.records import Sums
 
 Example: TypeAlias = dict[str, list[int]]
 Batch: TypeAlias = dict[str, Tensor]
-Sums: TypeAlias = dict[str, list[float]]
-
-
-def merge(parts: Iterable[Mapping[str, Sequence[float]]]) -> Sums:
-    """The elementwise sum of metrics.
-
-    Raises:
-        ValueError: two parts have lists of different lengths for one name.
-    """
-    total: Sums = {}
-    for part in parts:
-        for name, values in part.items():
-            if name not in total:
-                total[name] = [float(value) for value in values]
-                continue
-            total[name] = [a + b for a, b in zip(total[name], values, strict=True)]
-    return total
 
 
 @dataclass(frozen=True)
@@ -137,7 +120,7 @@ def mask_of(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 def texts(rows: Dataset, column: str) -> list[str]:
-    """A column of text.
+    """A column of text. Errors never quote a row: an institution's are read by the coordinator.
 
     Raises:
         RecipeError: the column is missing or a row holds no text.
@@ -148,13 +131,6 @@ def texts(rows: Dataset, column: str) -> list[str]:
     values = list(rows[column])
     for number, value in enumerate(values, start=1):
         if not isinstance(value, str) or not value.strip():
-            raise RecipeError(f"Row {number}: column '{column}' must be text, not {value!r:.60}.")
+            what = "an empty text" if isinstance(value, str) else type(value).__name__
+            raise RecipeError(f"Row {number}: column '{column}' must be text, not {what}.")
     return values
-
-
-def described(task: Task) -> str:
-    """The task as a recipe writes it."""
-    fields = ", ".join(
-        f"{field.name}={getattr(task, field.name)!r}" for field in dataclasses.fields(task)
-    )
-    return f"{type(task).__name__}({fields})"
