@@ -214,7 +214,11 @@ class _Worker:
         """End it, if it has not ended."""
         if self.process.poll() is None:
             self.process.terminate()
-            self.process.wait()
+        self.process.wait()
+        self.reader.join()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe:
+                pipe.close()
 
 
 class _JsonHandler(logging.Handler):

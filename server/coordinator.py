@@ -155,7 +155,9 @@ class Coordinator:
     def _messages(
         self, kind: str, server: State, names: Sequence[str], round: int, scope: str = "own"
     ) -> dict[str, tuple[Address, Message]]:
-        packed: dict[int, ArrayRecord] = {}  # a tensor group that all receive is serialised once
+        # What all receive is serialised once. The tensors are kept beside it: while they live, no
+        # other client's tensors can have their id.
+        packed: dict[int, tuple[Adapter, ArrayRecord]] = {}
         messages = {}
         for name in names:
             last = self.last_rounds.get(name, 0)
@@ -163,8 +165,8 @@ class Coordinator:
             state = self._broadcast(server, name, round)
             for group, tensors in state.items():
                 if id(tensors) not in packed:
-                    packed[id(tensors)] = wire.pack({group: tensors})[group]
-            arrays = {group: packed[id(tensors)] for group, tensors in state.items()}
+                    packed[id(tensors)] = (tensors, wire.pack({group: tensors})[group])
+            arrays = {group: packed[id(tensors)][1] for group, tensors in state.items()}
             content = RecordDict({wire.CONFIG: address.record(), **arrays})
             node = self.roster.members[name].node
             messages[name] = (address, Message(content, node, kind, group_id=str(round)))

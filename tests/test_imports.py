@@ -15,7 +15,7 @@ LAYERS = [
     {"shards"},
     {"heads", "models", "wire", "parts"},
     {"training", "report"},
-    {"exporting", "page", "planning", "progress"},
+    {"exporting", "page", "page_template", "planning", "progress"},
     {"flower", "launch"},
     {"cli"},
 ]

@@ -1,0 +1,149 @@
+"""The page's template, kept as Python: a Flower app carries no .html files."""
+
+TEMPLATE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';
+  img-src data: blob:">
+<title>{{ result.name }} - FedTune</title>
+<style>
+  :root { --ink: #1d2329; --soft: #5b6670; --line: #dfe4e8; --mark: #eef5fb; --paper: #fff; }
+  @media (prefers-color-scheme: dark) {
+    :root { --ink: #e8ebee; --soft: #a2adb7; --line: #39424a; --mark: #1e2d3a; --paper: #15191d; }
+  }
+  body { margin: 0; background: var(--paper); color: var(--ink);
+    font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
+  main { max-width: 980px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
+  h1 { font-size: 1.7rem; margin: 0 0 .25rem; }
+  h2 { font-size: 1.15rem; margin: 2.4rem 0 .25rem; }
+  .note { color: var(--soft); margin: 0 0 .6rem; font-size: .92rem; }
+  .verdict { font-size: 1.08rem; border-left: 4px solid #0072B2; padding: .2rem 0 .2rem .9rem;
+    margin: 1.2rem 0 1.6rem; }
+  .scroll { overflow-x: auto; }
+  table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+  th, td { padding: .34rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
+    white-space: nowrap; }
+  th { color: var(--soft); font-weight: 600; font-size: .9rem; }
+  th:first-child, td:first-child { text-align: left; }
+  td.text { text-align: left; white-space: normal; }
+  tr.federated { background: var(--mark); font-weight: 600; }
+  .facts { display: flex; flex-wrap: wrap; gap: .4rem 2rem; margin: 0; padding: 0; }
+  .facts div { min-width: 6rem; }
+  .facts dt { color: var(--soft); font-size: .85rem; }
+  .facts dd { margin: 0; font-weight: 600; }
+  details { margin-top: 2rem; }
+  pre { overflow-x: auto; background: var(--mark); padding: 1rem; font-size: .85rem; }
+  code { font-size: .85rem; overflow-wrap: anywhere; }
+  footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
+  @media print { h2 { break-after: avoid; } .plot { break-inside: avoid; } }
+</style>
+<script>{{ plotly_js | safe }}</script>
+</head>
+<body><main>
+<h1>{{ result.name }}</h1>
+<p class="note">Federated fine-tuning with FedTune: every client trained on its own rows, which
+never left it; only adapters travelled.</p>
+<p class="verdict">{{ result.verdict }}</p>
+<dl class="facts">
+  <div><dt>clients</dt><dd>{{ run.clients | length }}</dd></div>
+  <div><dt>rounds</dt><dd>{{ rounds }}{% if rounds < run.experiment.rounds %} of
+    {{ run.experiment.rounds }} (unfinished){% endif %}</dd></div>
+  <div><dt>strategy</dt><dd>{{ run.experiment.strategy }}</dd></div>
+  <div><dt>base model</dt><dd>{{ run.experiment.model.name }}</dd></div>
+  <div><dt>LoRA rank</dt><dd>{{ run.experiment.adapter.rank }}</dd></div>
+  <div><dt>replies set aside</dt><dd>{{ result.rejected }}</dd></div>
+</dl>
+
+<h2>What federation bought</h2>
+<p class="note">On the {{ "{:,}".format(result.test_rows) }} pooled test rows of all clients.
+{% if result.rows[0].interval %}Brackets: 95 % interval of the accuracy for so many rows.{% endif %}
+A client alone is its own model; a centralized model is trained on all rows in one place, which
+federation avoids.</p>
+<div class="scroll"><table>
+<tr><th>model</th>{% for m in result.metrics %}<th>{{ m | words }}</th>{% endfor %}
+  <th>moved</th><th>seconds</th></tr>
+{% for row in result.rows %}
+<tr class="{{ row.kind }}"><td>{{ row.name }}</td>
+  {% for m in result.metrics %}<td>{{ "%.3f" % row.numbers[m] }}
+    {%- if m == "accuracy" and row.interval %} <small>[{{ "%.2f" % row.interval[0] }},
+    {{ "%.2f" % row.interval[1] }}]</small>{% endif %}</td>{% endfor %}
+  <td>{{ "-" if row.bytes_moved is none else row.bytes_moved | bytes }}</td>
+  <td>{{ "%.1f" % row.seconds }}</td></tr>
+{% endfor %}
+</table></div>
+
+{% if result.own | length > 1 %}
+<h2>Each client on its own test rows</h2>
+<p class="note">{{ result.metrics[0] | words | capitalize }}: what each client gains or loses on
+rows like its own.</p>
+{% set models = ["untuned", "alone", "federated"] %}
+<div class="scroll"><table>
+<tr><th>client</th><th>training rows</th><th>test rows</th>
+  {% for m in models %}<th>{{ m }}</th>{% endfor %}</tr>
+{% for client in run.clients %}
+<tr><td>{{ client.name }}</td>
+  <td>{{ "withheld" if client.examples is none else "{:,}".format(client.examples) }}</td>
+  <td>{{ "{:,}".format(client.test_examples or 0) }}</td>
+  {% for m in models %}<td>{% if m in result.own[client.name] %}
+    {{- "%.3f" % result.own[client.name][m] }}{% else %}-{% endif %}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endif %}
+
+{% for figure in figures %}
+<h2>{{ figure.title }}</h2>
+<p class="note">{{ figure.note }}</p>
+<div class="plot" id="{{ figure.id }}"></div>
+{% endfor %}
+
+{% if rejections %}
+<h2>Replies that were set aside</h2>
+<p class="note">They did not touch the model; the round went on with the others.</p>
+<div class="scroll"><table>
+<tr><th>round</th><th>client</th><th>code</th><th>reason</th></tr>
+{% for round, rejection in rejections %}
+<tr><td>{{ round }}</td><td>{{ rejection.client }}</td><td>{{ rejection.code }}</td>
+  <td class="text">{{ rejection.reason }}</td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
+
+{% if run.samples %}
+<h2>Generated answers</h2>
+<p class="note">Greedy answers of the federated model to test rows, beside the reference.</p>
+<div class="scroll"><table>
+<tr><th>client</th><th>prompt</th><th>answer</th><th>reference</th></tr>
+{% for sample in run.samples %}
+<tr><td>{{ sample.client }}</td><td class="text">{{ sample.prompt }}</td>
+  <td class="text">{{ sample.answer }}</td><td class="text">{{ sample.reference }}</td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
+
+<details><summary>The recipe, every key</summary><pre>{{ recipe }}</pre></details>
+<footer>
+{% if sha256 %}<p>SHA-256 of adapter_model.safetensors: <code>{{ sha256 }}</code></p>{% endif %}
+<p>{% for name, version in versions %}{{ name }} {{ version }}{{ "" if loop.last else ", " }}
+{%- endfor %}</p>
+</footer>
+</main>
+<script>
+const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
+function draw(id, figure) {
+  if (dark) {
+    figure.layout.font.color = "#e8ebee";
+    for (const axis of ["xaxis", "yaxis"])
+      figure.layout[axis] = {...figure.layout[axis], gridcolor: "#39424a", linecolor: "#39424a"};
+  }
+  Plotly.newPlot(id, figure.data, figure.layout, {responsive: true, displaylogo: false,
+    modeBarButtonsToRemove: ["select2d", "lasso2d"]});
+}
+{% for figure in figures %}
+draw("{{ figure.id }}", {{ figure.json | in_script }});
+{% endfor %}
+</script>
+</body></html>
+"""
