@@ -63,22 +63,24 @@ def run(
     """Run a recipe to its end; the same command again goes on after an interruption."""
     experiment = Experiment.load(recipe, overrides or ())
     # torch and transformers take seconds to import; a wrong recipe is told before that.
-    from fedtune import launch, parts, report
+    from fedtune import launch, parts
     from fedtune.progress import ProgressHandler
 
     with ProgressHandler(err if as_json else out, experiment.strategy):
         done = launch.run(
             experiment, engine=engine, resume=resume, overwrite=overwrite, threads=threads
         )
-    _show(done, parts.folder_of(experiment), as_json, report)
+    _show(done, parts.folder_of(experiment), as_json)
 
 
-def _show(done: Any, folder: Path, as_json: bool, report: Any) -> None:
+def _show(done: Any, folder: Path, as_json: bool) -> None:
+    from fedtune import report, tables
+
     result = report.result(done)
     if as_json:
         _print_json({"folder": str(folder), **result.to_json()})
         return
-    for table in report.tables(result):
+    for table in tables.of_result(result):
         out.print(table)
     out.print(result.verdict)
     out.print(f"Adapter: {folder / 'adapter'}   Report: {folder / 'report.html'}", soft_wrap=True)
@@ -88,7 +90,7 @@ def _show(done: Any, folder: Path, as_json: bool, report: Any) -> None:
 def plan(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Show the resolved recipe and what it will cost; loads no weights."""
     experiment = Experiment.load(recipe, overrides or ())
-    from fedtune import planning
+    from fedtune import planning, tables
     from fedtune.report import human_bytes
 
     cost = planning.forecast(experiment)
@@ -114,28 +116,7 @@ def plan(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -
         table.add_row(key, value)
     out.print(table)
     if cost.mix:
-        out.print(_mix_table(cost.mix))
-
-
-def _mix_table(mix: dict[str, dict[str, int]], widest: int = 12) -> Table:
-    """Rows a client and label; of many, the commonest labels and the largest clients."""
-    totals: dict[str, int] = {}
-    for counts in mix.values():
-        for label, count in counts.items():
-            totals[label] = totals.get(label, 0) + count
-    shown = sorted(totals, key=lambda label: -totals[label])[:widest]
-    table = Table(title="Training rows a client and label", box=None, title_justify="left")
-    table.add_column("label")
-    clients = sorted(mix, key=lambda name: -sum(mix[name].values()))[:widest]
-    for name in clients:
-        table.add_column(name, justify="right")
-    for label in shown:
-        table.add_row(label, *(str(mix[name].get(label, 0)) for name in clients))
-    if len(totals) > len(shown):
-        others = [sum(mix[n].values()) - sum(mix[n].get(x, 0) for x in shown) for n in clients]
-        table.add_row(f"{len(totals) - len(shown)} others", *map(str, others))
-    table.add_row("all", *(str(sum(mix[name].values())) for name in clients), style="bold")
-    return table
+        out.print(tables.mix_table(cost.mix))
 
 
 @app.command(name="list")
@@ -175,7 +156,7 @@ def report(folder: RunFolder, as_json: AsJson = False) -> None:
 
     found = reports.read(folder)
     page.write(found, folder / "report.html")
-    _show(found, folder, as_json, reports)
+    _show(found, folder, as_json)
 
 
 @app.command()

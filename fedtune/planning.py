@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fedtune import models, parts, shards
+from fedtune import bases, models, parts, shards
 from fedtune.adapter import State, nbytes
 from fedtune.config import Experiment
 from fedtune.heads import HeadRule
@@ -117,7 +117,7 @@ def _lengths(
     experiment: Experiment, resolved: parts.Parts, everything: shards.Shard, labels: tuple[str, ...]
 ) -> tuple[list[int], float]:
     """Token counts of a sample of the training rows, and the share that is cut."""
-    tokenizer = models.tokenizer(experiment.model)
+    tokenizer = bases.tokenizer(experiment.model)
     rows = everything.train
     order = torch.randperm(len(rows), generator=generator(experiment.seed, "forecast")).tolist()
     sample = rows.select(sorted(order[:SAMPLE]))
@@ -129,7 +129,7 @@ def _lengths(
 
 
 def _multiplied(resolved: parts.Parts, experiment: Experiment, labels: tuple[str, ...]) -> int:
-    return models.multiplied(resolved.task, experiment.model, labels)
+    return bases.multiplied(resolved.task, experiment.model, labels)
 
 
 def _activations(experiment: Experiment, tokens: int) -> int:
@@ -137,7 +137,7 @@ def _activations(experiment: Experiment, tokens: int) -> int:
 
     Korthikanti et al. 2022, https://arxiv.org/abs/2205.05198, equation 1, in the base's precision.
     """
-    hidden, layers, heads = models.dimensions(experiment.model)
+    hidden, layers, heads = bases.dimensions(experiment.model)
     size = 2 if experiment.model.dtype == "bfloat16" else 4
     rows = experiment.train.batch_size
     per_layer = rows * tokens * (17 * hidden + 2.5 * heads * tokens) * size

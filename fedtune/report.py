@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError, RunError
 from fedtune.records import RoundRecord, Sums, merge
@@ -21,7 +19,6 @@ from fedtune.records import RoundRecord, Sums, merge
 CLASSIFICATION = ("accuracy", "macro_f1", "precision", "recall", "loss")
 LANGUAGE_MODEL = ("loss", "perplexity", "token_accuracy")
 LOWER_IS_BETTER = ("loss", "perplexity")
-MOST_ROWS = 12  # of clients in a terminal; more are shown as best, median and worst
 Z = 1.959963984540054  # of a 95 % interval
 
 
@@ -296,52 +293,3 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
-
-
-def shown_rows(rows: Sequence[Row], metric: str, most: int = MOST_ROWS) -> list[Row]:
-    """All rows, or where many clients are alone, the best, the median and the worst of them."""
-    alone = [row for row in rows if row.kind == "alone"]
-    if len(alone) <= most:
-        return list(rows)
-    descending = metric not in LOWER_IS_BETTER
-    ordered = sorted(alone, key=lambda row: row.numbers[metric], reverse=descending)
-    places = {"best": 0, "median": len(ordered) // 2, "worst": len(ordered) - 1}
-    chosen = [
-        Row("alone", f"{ordered[k].name} ({word})", ordered[k].numbers, None, ordered[k].seconds)
-        for word, k in places.items()
-    ]
-    first = next(i for i, row in enumerate(rows) if row.kind == "alone")
-    others = [row for row in rows if row.kind != "alone"]
-    return [*others[:first], *chosen, *others[first:]]
-
-
-def tables(result: Result) -> list[Table]:
-    """The result for a terminal: pooled test rows, then each client's own."""
-    title = f"{result.name}: {result.test_rows:,} pooled test rows"
-    main = Table(title=title, title_justify="left", box=None, title_style="bold", pad_edge=False)
-    main.add_column("model", no_wrap=True)
-    for metric in result.metrics:
-        main.add_column(metric.replace("_", " "), justify="right", no_wrap=True)
-    main.add_column("moved", justify="right", no_wrap=True)
-    main.add_column("seconds", justify="right", no_wrap=True)
-    for row in shown_rows(result.rows, result.metrics[0]):
-        moved = "-" if row.bytes_moved is None else human_bytes(row.bytes_moved)
-        seconds = f"{row.seconds:.1f}"
-        style = "bold" if row.kind == "federated" else ""
-        cells = (f"{row.numbers[metric]:.3f}" for metric in result.metrics)
-        main.add_row(row.name, *cells, moved, seconds, style=style)
-    shown = [main]
-    if 1 < len(result.own) <= MOST_ROWS and any(len(own) > 1 for own in result.own.values()):
-        models = [
-            m for m in ("untuned", "alone", "federated") if any(m in o for o in result.own.values())
-        ]
-        title = f"{result.metrics[0].replace('_', ' ')} on each client's own test rows"
-        own = Table(title=title, title_justify="left", box=None, title_style="bold", pad_edge=False)
-        own.add_column("client", no_wrap=True)
-        for model in models:
-            own.add_column(model, justify="right")
-        for client, values in result.own.items():
-            cells = (f"{values[m]:.3f}" if m in values else "-" for m in models)
-            own.add_row(client, *cells)
-        shown.append(own)
-    return shown

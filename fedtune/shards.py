@@ -16,9 +16,10 @@ from datasets import Dataset, concatenate_datasets
 from fedtune.components import build
 from fedtune.config import NAME, DataSettings
 from fedtune.data import SOURCES
+from fedtune.dealing import permutation
 from fedtune.errors import RecipeError
 from fedtune.files import read_file, require
-from fedtune.partitions import FEWER, PARTITIONS, permutation
+from fedtune.partitions import FEWER, PARTITIONS
 
 
 @dataclass(frozen=True)

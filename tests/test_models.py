@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedtune import models
+from fedtune import bases, models
 from fedtune.adapter import digest
 from fedtune.config import AdapterSettings, ModelSettings
 from fedtune.errors import RecipeError
@@ -171,8 +171,8 @@ def test_a_relative_folder_is_found_from_the_given_one(
     tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDTUNE_FOLDER", str(tiny_llama.parent))
-    assert models.resolve(tiny_llama.name) == str(tiny_llama)
-    assert models.resolve("organisation/model") == "organisation/model"
+    assert bases.resolve(tiny_llama.name) == str(tiny_llama)
+    assert bases.resolve("organisation/model") == "organisation/model"
 
 
 def test_bfloat16_keeps_the_trained_part_in_float32(tiny_llama: Path) -> None:

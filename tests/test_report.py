@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedtune import page, report
+from fedtune import page, report, tables
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError, RunError
 from fedtune.records import Rejection, RoundRecord, Sums
@@ -158,7 +158,7 @@ def test_wilson_intervals(correct: int, rows: int, low: float, high: float) -> N
 def test_many_clients_are_shown_as_best_median_and_worst() -> None:
     alone = [Row("alone", f"c{k:02d} alone", {"loss": float(k)}, None, 1.0) for k in range(21)]
     others = [Row("untuned", "untuned", {"loss": 9.0}, 0, 1.0)]
-    shown = report.shown_rows([*others, *alone], "loss")
+    shown = tables.shown_rows([*others, *alone], "loss")
     assert [row.name for row in shown] == [
         "untuned",
         "c00 alone (best)",
@@ -170,7 +170,7 @@ def test_many_clients_are_shown_as_best_median_and_worst() -> None:
 @pytest.mark.parametrize("width", [80, 100])
 def test_no_line_of_the_tables_is_cut(folder: Path, width: int) -> None:
     printed = io.StringIO()
-    for table in report.tables(report.result(report.read(folder))):
+    for table in tables.of_result(report.result(report.read(folder))):
         Console(width=width, file=printed).print(table)
     text = printed.getvalue()
     assert "…" not in text

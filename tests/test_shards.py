@@ -13,7 +13,7 @@ from hypothesis import assume, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
 
-from fedtune import partitions, shards
+from fedtune import dealing, shards
 from fedtune.components import build
 from fedtune.config import NAME, DataSettings
 from fedtune.errors import RecipeError
@@ -157,7 +157,7 @@ def test_apportion_sums_and_stays_within_one_of_the_exact_share(
     total: int, weights: list[int], seed: int
 ) -> None:
     assume(any(weights))
-    quotas = partitions.apportion(total, weights, seed)
+    quotas = dealing.apportion(total, weights, seed)
     assert sum(quotas) == total
     for quota, weight in zip(quotas, weights, strict=True):
         assert abs(quota - total * weight / sum(weights)) < 1
@@ -171,7 +171,7 @@ def test_deal_by_hand() -> None:
     """
     held = {"north": [0, 1, 2], "south": [3, 4, 5]}
     test = ["a", "b", "c", "a", "a", "b", "c", "a"]
-    dealt = partitions.deal(test, ["a", "a", "a", "a", "b", "b"], held, 0)
+    dealt = dealing.deal(test, ["a", "a", "a", "a", "b", "b"], held, 0)
     counts = {name: Counter(test[row] for row in own) for name, own in dealt.items()}
     assert counts == {"north": {"a": 3, "c": 1}, "south": {"a": 1, "b": 2, "c": 1}}
 
@@ -183,9 +183,9 @@ def test_deal_by_hand() -> None:
 )
 def test_each_test_row_has_one_client(test: list[str], train: list[str], seed: int) -> None:
     held = {f"c{i}": list(range(i, len(train), 3)) for i in range(3)}
-    dealt = partitions.deal(test, train, held, seed)
+    dealt = dealing.deal(test, train, held, seed)
     assert numbers(dealt) == list(range(len(test)))
-    assert dealt == partitions.deal(test, train, held, seed)
+    assert dealt == dealing.deal(test, train, held, seed)
     for value in set(test) & set(train):
         for name, own in dealt.items():
             share = sum(train[row] == value for row in held[name]) / train.count(value)
@@ -317,7 +317,7 @@ def test_gaps_and_fractions_are_refused_with_their_row() -> None:
         ([0.5], "row 1: column 'label' is of type float"),
     ):
         with pytest.raises(RecipeError, match=expected):
-            partitions.values_of(Dataset.from_dict({"label": values}), "label", "Rows")
+            dealing.values_of(Dataset.from_dict({"label": values}), "label", "Rows")
 
 
 def test_columns_of_different_types_are_refused(rows: Path, tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_columns_of_different_types_are_refused(rows: Path, tmp_path: Path) -> N
 
 @given(st.sets(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=80)))
 def test_names_are_valid_and_different(values: set[str]) -> None:
-    names = partitions.names_of(sorted(values))
+    names = dealing.names_of(sorted(values))
     assert names.keys() == values
     assert len(set(names.values())) == len(values)
     assert all(NAME.fullmatch(name) for name in names.values())
@@ -336,7 +336,7 @@ def test_names_are_valid_and_different(values: set[str]) -> None:
 
 
 def test_names_by_hand() -> None:
-    names = partitions.names_of(["north", "North", "NORTH!", "Hamburg Süd", "Straße"])
+    names = dealing.names_of(["north", "North", "NORTH!", "Hamburg Süd", "Straße"])
     assert names == {
         "north": "north",
         "NORTH!": "north-2",
@@ -344,11 +344,11 @@ def test_names_by_hand() -> None:
         "Hamburg Süd": "hamburg-sud",
         "Straße": "strasse",
     }
-    assert partitions.names_of([7, 10]) == {7: "7", 10: "10"}
-    china = partitions.names_of(["北京", "上海 Hospital"])
+    assert dealing.names_of([7, 10]) == {7: "7", 10: "10"}
+    china = dealing.names_of(["北京", "上海 Hospital"])
     assert china["北京"].startswith("client-")
     assert china["上海 Hospital"].startswith("hospital-")
-    assert partitions.names_of(["北京"])["北京"] == china["北京"]  # whoever else is there
+    assert dealing.names_of(["北京"])["北京"] == china["北京"]  # whoever else is there
 
 
 def test_pooled_holds_all_rows(rows: Path) -> None:

