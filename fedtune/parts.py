@@ -78,8 +78,13 @@ def reference_names(experiment: Experiment) -> list[str]:
 def reference(experiment: Experiment, name: str) -> Experiment:
     """The same experiment with another strategy and everybody in every round.
 
-    Its run folder lies inside the experiment's own: `references/<name>`.
+    Its run folder lies inside the experiment's own: `references/<name>`. Where it pools the rows
+    there is one client, however many the recipe needs.
     """
+    if name in STRATEGIES and STRATEGIES[name].pools:
+        experiment = experiment.replace(
+            coordinator__minimum_clients=1, coordinator__minimum_replies=1
+        )
     return experiment.replace(
         strategy=name,
         references="none",

@@ -79,7 +79,7 @@ def ask(grid: Grid, arm: str, settings: CoordinatorSettings) -> Roster:
     members: dict[str, Member] = {}
     asked: set[int] = set()
     refusals: dict[int, str] = {}
-    nodes_expected = 1
+    simulated = 0  # nodes of a simulation
     while True:
         new = sorted(set(grid.get_node_ids()) - asked)
         asked |= set(new)
@@ -87,16 +87,15 @@ def ask(grid: Grid, arm: str, settings: CoordinatorSettings) -> Roster:
             if reply.has_error():
                 refusals[node] = reply.error.reason or "no reason given"
                 continue
-            nodes_expected = max(nodes_expected, _enter(members, node, reply))
-        enough = len(members) >= settings.minimum_clients
-        if (members and enough and len(asked) >= nodes_expected) or (
-            refusals and len(asked) >= nodes_expected and not members
-        ):
+            simulated = max(simulated, _enter(members, node, reply))
+        # Institutions may yet come; a simulation is whole once its nodes are there.
+        complete = bool(simulated) or len(members) >= settings.minimum_clients
+        if len(asked) >= max(1, simulated) and (complete if members else refusals):
             break
         if time.monotonic() > deadline:
             break
         time.sleep(0.5)
-    return _checked(members, refusals, len(asked), nodes_expected, settings)
+    return _checked(members, refusals, len(asked), max(1, simulated), settings)
 
 
 def _replies(grid: Grid, nodes: Iterable[int], arm: str) -> Iterable[tuple[int, Message]]:
@@ -145,7 +144,7 @@ def _checked(
     reasons = "".join(f" A node refused: {reason}" for reason in refusals.values())
     if nodes < expected or len(members) < settings.minimum_clients:
         raise RunError(
-            f"{len(members)} clients on {nodes} nodes after {settings.wait_seconds:.0f} s; "
+            f"{len(members)} clients on {nodes} nodes; "
             f"{settings.minimum_clients} clients on {expected} nodes are needed.{reasons} Start "
             "the missing nodes, raise coordinator.wait_seconds or lower "
             "coordinator.minimum_clients."

@@ -240,6 +240,13 @@ def test_running_it_whole_gives_references_and_a_report(tiny: Experiment) -> Non
     assert torch.get_num_threads() == 1
 
 
+def test_a_pooling_reference_needs_one_client(tiny: Experiment) -> None:
+    three = tiny.replace(coordinator__minimum_clients=3, coordinator__minimum_replies=3)
+    assert play(parts.reference(three, "centralized")).name == "centralized"
+    with pytest.raises(RunError, match="3 clients on 1 nodes; 4 clients on 1 nodes are needed"):
+        play(tiny.replace(name="four", coordinator__minimum_clients=4))
+
+
 def test_a_finished_run_is_never_overwritten_unasked(tiny: Experiment) -> None:
     launch.run(tiny)
     folder = parts.folder_of(tiny)
