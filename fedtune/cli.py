@@ -82,7 +82,7 @@ def _show(done: Any, folder: Path, as_json: bool) -> None:
         return
     for table in tables.of_result(result):
         out.print(table)
-    out.print(result.verdict)
+    out.print(f"\n{result.verdict}")
     out.print(f"Adapter: {folder / 'adapter'}   Report: {folder / 'report.html'}", soft_wrap=True)
 
 
@@ -122,6 +122,7 @@ def plan(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -
 @app.command(name="list")
 def list_(as_json: AsJson = False) -> None:
     """List strategies, tasks, sources, partitions, cohorts: whatever a recipe can name."""
+    from fedtune import tables
     from fedtune.parts import REGISTRIES
 
     listed = {
@@ -135,13 +136,13 @@ def list_(as_json: AsJson = False) -> None:
         _print_json(listed)
         return
     for kind, registry in listed.items():
-        table = Table(title=kind, title_justify="left", box=None, title_style="bold")
+        table = Table(box=None, pad_edge=False)
         table.add_column("name", no_wrap=True)
         table.add_column("what it is")
         for name, about in registry.items():
             parameters = f"\n[dim]{about['parameters']}[/dim]" if about["parameters"] else ""
             table.add_row(name, f"{about['about']}{parameters}")
-        out.print(table)
+        out.print(tables.titled(kind, table))
 
 
 def _first_line(part: type) -> str:

@@ -18,12 +18,13 @@ from plotly.offline import get_plotlyjs
 from fedtune import report
 from fedtune.page_template import TEMPLATE
 from fedtune.records import RoundRecord
-from fedtune.report import Result, Run, human_bytes, summarise
+from fedtune.report import Result, Run, human_bytes, human_time, summarise
 
 # Okabe and Ito's palette, readable with every kind of colour vision.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 FEDERATED, UNTUNED = COLOURS[0], COLOURS[6]
 MOST_LINES = 12
+MOST_TICKS = 20
 TALL = 26  # pixels a client in a horizontal chart
 PACKAGES = ("fedtune", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
 
@@ -32,11 +33,17 @@ def write(run: Run, path: Path) -> None:
     """Write the page of a run, finished or not."""
     result = report.result(run)
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"bytes": human_bytes, "words": _words, "in_script": _in_script}
+    environment.filters |= {
+        "bytes": human_bytes,
+        "time": human_time,
+        "words": _words,
+        "in_script": _in_script,
+    }
     template = environment.from_string(TEMPLATE)
     page = template.render(
         run=run,
         result=result,
+        kinds={row.kind for row in result.rows},
         figures=_figures(run, result),
         plotly_js=get_plotlyjs(),
         recipe=run.experiment.text(),
@@ -117,7 +124,7 @@ def _words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def _figure(x: str, y: str, height: int = 340) -> go.Figure:
+def _figure(x: str, y: str, height: int = 340, rounds: int = 0) -> go.Figure:
     figure = go.Figure()
     figure.update_layout(
         height=height,
@@ -130,6 +137,8 @@ def _figure(x: str, y: str, height: int = 340) -> go.Figure:
         plot_bgcolor="rgba(0,0,0,0)",
     )
     figure.update_xaxes(title=x)
+    if x == "round":
+        figure.update_xaxes(tickformat="d", dtick=1 if rounds <= MOST_TICKS else None)
     figure.update_yaxes(title=y)
     return figure
 
@@ -150,7 +159,7 @@ def _line(
 
 
 def _curves(run: Run, metric: str) -> go.Figure:
-    figure = _figure("round", _words(metric))
+    figure = _figure("round", _words(metric), rounds=len(run.records))
     alone = run.references.get("local_only")
     if alone:
         last = alone.records[-1]
@@ -179,7 +188,7 @@ def _curves(run: Run, metric: str) -> go.Figure:
 def _client_curves(run: Run, metric: str) -> go.Figure | None:
     """One line a client; of many, the ten with most test rows."""
     names = [c["name"] for c in sorted(run.clients, key=lambda c: -(c["test_examples"] or 0))]
-    figure = _figure("round", _words(metric))
+    figure = _figure("round", _words(metric), rounds=len(run.records))
     for number, name in enumerate(names[:MOST_LINES]):
         measured = [
             (r.round, summarise(r.evaluation["own"][name])[metric])
@@ -201,7 +210,8 @@ def _mix(run: Run) -> go.Figure | None:
         return None
     labels = list(run.labels) or sorted({label for c in known for label in c["mix"]})
     counts = [[client["mix"].get(label, 0) for label in labels] for client in known]
-    figure = _figure("label", "client", max(240, 140 + TALL * len(known)))
+    slanted = 5 * max(map(len, labels))  # the room that the labels below take
+    figure = _figure("label", "client", 120 + slanted + TALL * len(known))
     few = len(known) * len(labels) <= 200
     figure.add_heatmap(
         z=counts,
@@ -235,7 +245,7 @@ def _sizes(run: Run) -> go.Figure | None:
 
 
 def _traffic(run: Run) -> go.Figure:
-    figure = _figure("round", "megabytes")
+    figure = _figure("round", "megabytes", rounds=len(run.records))
     figure.update_layout(barmode="stack")
     for name, colour, counts in (
         ("broadcast", COLOURS[0], [r.bytes_down for r in run.records]),
@@ -249,7 +259,7 @@ def _traffic(run: Run) -> go.Figure:
 
 
 def _seconds(run: Run) -> go.Figure:
-    figure = _figure("round", "seconds", 280)
+    figure = _figure("round", "seconds", 280, len(run.records))
     figure.add_bar(
         x=[record.round for record in run.records],
         y=[record.seconds for record in run.records],
@@ -260,7 +270,7 @@ def _seconds(run: Run) -> go.Figure:
 
 def _participation(run: Run) -> go.Figure:
     names = [client["name"] for client in run.clients]
-    figure = _figure("round", "client", max(240, 120 + TALL * len(names)))
+    figure = _figure("round", "client", max(240, 120 + TALL * len(names)), len(run.records))
     asked = [(r.round, name) for r in run.records for name in r.cohort]
     aside = [(r.round, rejection.client) for r in run.records for rejection in r.rejected]
     for name, points, colour, symbol in (

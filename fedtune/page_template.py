@@ -59,19 +59,20 @@ never left it; only adapters travelled.</p>
 
 <h2>What federation bought</h2>
 <p class="note">On the {{ "{:,}".format(result.test_rows) }} pooled test rows of all clients.
-{% if result.rows[0].interval %}Brackets: 95 % interval of the accuracy for so many rows.{% endif %}
-A client alone is its own model; a centralized model is trained on all rows in one place, which
-federation avoids.</p>
+{{ "Brackets: 95 % interval of the accuracy for so many rows." if result.rows[0].interval }}
+{{ "A client alone trains its own model and shares nothing." if "alone" in kinds }}
+{{ "Centralized: trained on all rows in one place, which federation avoids."
+   if "centralized" in run.references }}</p>
 <div class="scroll"><table>
 <tr><th>model</th>{% for m in result.metrics %}<th>{{ m | words }}</th>{% endfor %}
-  <th>moved</th><th>seconds</th></tr>
+  <th>moved</th><th>time</th></tr>
 {% for row in result.rows %}
 <tr class="{{ row.kind }}"><td>{{ row.name }}</td>
   {% for m in result.metrics %}<td>{{ "%.3f" % row.numbers[m] }}
     {%- if m == "accuracy" and row.interval %} <small>[{{ "%.2f" % row.interval[0] }},
     {{ "%.2f" % row.interval[1] }}]</small>{% endif %}</td>{% endfor %}
   <td>{{ "-" if row.bytes_moved is none else row.bytes_moved | bytes }}</td>
-  <td>{{ "%.1f" % row.seconds }}</td></tr>
+  <td>{{ row.seconds | time }}</td></tr>
 {% endfor %}
 </table></div>
 
@@ -79,7 +80,8 @@ federation avoids.</p>
 <h2>Each client on its own test rows</h2>
 <p class="note">{{ result.metrics[0] | words | capitalize }}: what each client gains or loses on
 rows like its own.</p>
-{% set models = ["untuned", "alone", "federated"] %}
+{% set models = ["untuned", "alone", "federated"] if "alone" in kinds
+   else ["untuned", "federated"] %}
 <div class="scroll"><table>
 <tr><th>client</th><th>training rows</th><th>test rows</th>
   {% for m in models %}<th>{{ m }}</th>{% endfor %}</tr>
@@ -138,8 +140,7 @@ function draw(id, figure) {
     for (const axis of ["xaxis", "yaxis"])
       figure.layout[axis] = {...figure.layout[axis], gridcolor: "#39424a", linecolor: "#39424a"};
   }
-  Plotly.newPlot(id, figure.data, figure.layout, {responsive: true, displaylogo: false,
-    modeBarButtonsToRemove: ["select2d", "lasso2d"]});
+  Plotly.newPlot(id, figure.data, figure.layout, {responsive: true, displayModeBar: false});
 }
 {% for figure in figures %}
 draw("{{ figure.id }}", {{ figure.json | in_script }});

@@ -2,11 +2,18 @@
 
 from collections.abc import Sequence
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
-from fedtune.report import LOWER_IS_BETTER, Result, Row, human_bytes
+from fedtune.report import LOWER_IS_BETTER, Result, Row, human_bytes, human_time
 
 MOST_ROWS = 12  # of clients in a terminal; more are shown as best, median and worst
+
+
+def titled(title: str, table: Table) -> Group:
+    """A table below its title; rich's own titles break at the table's width."""
+    return Group(Text(f"\n{title}", style="bold"), table)
 
 
 def shown_rows(rows: Sequence[Row], metric: str, most: int = MOST_ROWS) -> list[Row]:
@@ -26,46 +33,45 @@ def shown_rows(rows: Sequence[Row], metric: str, most: int = MOST_ROWS) -> list[
     return [*others[:first], *chosen, *others[first:]]
 
 
-def of_result(result: Result) -> list[Table]:
+def of_result(result: Result) -> list[Group]:
     """The result for a terminal: pooled test rows, then each client's own."""
-    title = f"{result.name}: {result.test_rows:,} pooled test rows"
-    main = Table(title=title, title_justify="left", box=None, title_style="bold", pad_edge=False)
+    main = Table(box=None, pad_edge=False, collapse_padding=True)
     main.add_column("model", no_wrap=True)
     for metric in result.metrics:
         main.add_column(metric.replace("_", " "), justify="right", no_wrap=True)
     main.add_column("moved", justify="right", no_wrap=True)
-    main.add_column("seconds", justify="right", no_wrap=True)
+    main.add_column("time", justify="right", no_wrap=True)
     for row in shown_rows(result.rows, result.metrics[0]):
         moved = "-" if row.bytes_moved is None else human_bytes(row.bytes_moved)
-        seconds = f"{row.seconds:.1f}"
         style = "bold" if row.kind == "federated" else ""
         cells = (f"{row.numbers[metric]:.3f}" for metric in result.metrics)
-        main.add_row(row.name, *cells, moved, seconds, style=style)
-    shown = [main]
+        main.add_row(row.name, *cells, moved, human_time(row.seconds), style=style)
+    title = f"{result.name}: {result.test_rows:,} pooled test rows"
+    shown = [titled(title, main)]
     if 1 < len(result.own) <= MOST_ROWS and any(len(own) > 1 for own in result.own.values()):
         models = [
             m for m in ("untuned", "alone", "federated") if any(m in o for o in result.own.values())
         ]
         title = f"{result.metrics[0].replace('_', ' ')} on each client's own test rows"
-        own = Table(title=title, title_justify="left", box=None, title_style="bold", pad_edge=False)
+        own = Table(box=None, pad_edge=False)
         own.add_column("client", no_wrap=True)
         for model in models:
             own.add_column(model, justify="right")
         for client, values in result.own.items():
             cells = (f"{values[m]:.3f}" if m in values else "-" for m in models)
             own.add_row(client, *cells)
-        shown.append(own)
+        shown.append(titled(title, own))
     return shown
 
 
-def mix_table(mix: dict[str, dict[str, int]], widest: int = 12) -> Table:
+def mix_table(mix: dict[str, dict[str, int]], widest: int = 12) -> Group:
     """Rows a client and label; of many, the commonest labels and the largest clients."""
     totals: dict[str, int] = {}
     for counts in mix.values():
         for label, count in counts.items():
             totals[label] = totals.get(label, 0) + count
     shown = sorted(totals, key=lambda label: -totals[label])[:widest]
-    table = Table(title="Training rows a client and label", box=None, title_justify="left")
+    table = Table(box=None, pad_edge=False)
     table.add_column("label")
     clients = sorted(mix, key=lambda name: -sum(mix[name].values()))[:widest]
     for name in clients:
@@ -76,4 +82,4 @@ def mix_table(mix: dict[str, dict[str, int]], widest: int = 12) -> Table:
         others = [sum(mix[n].values()) - sum(mix[n].get(x, 0) for x in shown) for n in clients]
         table.add_row(f"{len(totals) - len(shown)} others", *map(str, others))
     table.add_row("all", *(str(sum(mix[name].values())) for name in clients), style="bold")
-    return table
+    return titled("Training rows a client and label", table)

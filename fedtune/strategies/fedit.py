@@ -12,4 +12,4 @@ from fedtune.strategies.strategy import Strategy
 
 @dataclass(frozen=True)
 class FedIT(Strategy):
-    """A + sum_i p_i dA_i and B + sum_i p_i dB_i, as the interface's defaults have it."""
+    """The mean of A and the mean of B, weighted by examples: what the interface does by itself."""
