@@ -66,6 +66,7 @@ class TrainSettings:
     epochs: int = 1  # passes over the shard in a round
     steps: int = 0  # optimizer steps in a round; above 0 it replaces epochs
     batch_size: int = 16
+    group_by_length: bool = False  # batches of rows of similar length: less padding, less time
     weight_decay: float = 0.0
     schedule: str = "constant"  # or linear or cosine, to zero at the end of the last round
     max_grad_norm: float = 1.0  # 0 is off
@@ -180,8 +181,9 @@ class Experiment:
             if section != table:
                 lines += ["", f"[{section}]"]
                 table = section
-            # JSON strings, numbers and booleans are TOML ones.
-            lines.append(f"{leaf} = {json.dumps(value, ensure_ascii=False)}")
+            # JSON strings, numbers and booleans are TOML ones, but for DEL, which TOML escapes.
+            text = json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+            lines.append(f"{leaf} = {text}")
         return "\n".join(lines) + "\n"
 
 

@@ -20,6 +20,8 @@ from fedtune.seeds import generator, seed_of
 from fedtune.strategies.strategy import Plan
 from fedtune.tasks.task import Example, Task
 
+WINDOW = 32  # batches whose rows are grouped by length together: enough to find rows alike
+
 
 @dataclass(frozen=True)
 class Work:
@@ -39,9 +41,11 @@ class Work:
 def batches_of(
     examples: Sequence[Example], settings: TrainSettings, *seed: int | str
 ) -> list[list[Example]]:
-    """The batches of one round: the examples shuffled once an epoch, the last batch short.
+    """The batches of one round: the examples shuffled once an epoch, one batch short at most.
 
     With `train.steps` above 0 there are exactly so many batches, however many epochs they take.
+    With `train.group_by_length` the rows of a batch have similar lengths, and the batches come in
+    random order.
     """
     if not examples:
         return []
@@ -51,10 +55,22 @@ def batches_of(
     batches: list[list[Example]] = []
     while len(batches) < wanted:
         order = torch.randperm(len(examples), generator=draws).tolist()
-        batches += [
+        if settings.group_by_length:
+            window = WINDOW * settings.batch_size
+            order = [
+                row
+                for start in range(0, len(order), window)
+                for row in sorted(
+                    order[start : start + window], key=lambda i: len(examples[i]["input_ids"])
+                )
+            ]
+        epoch = [
             [examples[i] for i in order[start : start + settings.batch_size]]
             for start in range(0, len(order), settings.batch_size)
         ]
+        if settings.group_by_length:
+            epoch = [epoch[i] for i in torch.randperm(len(epoch), generator=draws).tolist()]
+        batches += epoch
     return batches[:wanted]
 
 

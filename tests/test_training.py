@@ -148,6 +148,26 @@ def test_an_epoch_shows_every_example_once(count: int, size: int, epochs: int) -
     assert batches == batches_of(examples, settings, 0, "x")
 
 
+@given(st.lists(st.integers(1, 30), min_size=1, max_size=60), st.integers(1, 7))
+def test_grouping_by_length_shows_the_same_examples_with_less_padding(
+    lengths: list[int], size: int
+) -> None:
+    examples = [{"input_ids": [i] * length} for i, length in enumerate(lengths)]
+
+    def padded(grouped: bool) -> int:
+        settings = TrainSettings(batch_size=size, group_by_length=grouped)
+        batches = batches_of(examples, settings, 0, "x")
+        assert sorted(e["input_ids"][0] for b in batches for e in b) == list(range(len(lengths)))
+        assert sum(len(batch) < size for batch in batches) <= 1
+        return sum(len(batch) * max(len(e["input_ids"]) for e in batch) for batch in batches)
+
+    best = sum(
+        size * max(group)
+        for group in (sorted(lengths)[k : k + size] for k in range(0, len(lengths), size))
+    )
+    assert padded(True) <= min(padded(False), best)
+
+
 @given(st.integers(0, 9), st.integers(1, 7), st.integers(1, 12))
 def test_steps_are_counted_exactly(count: int, size: int, steps: int) -> None:
     examples = [{"input_ids": [i]} for i in range(count)]
