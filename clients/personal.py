@@ -8,6 +8,7 @@ and a reply that was set aside leaves no trace.
 import shutil
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialized
 
@@ -22,11 +23,15 @@ def _folder(root: Path, round: int) -> Path:
 
 
 def load(root: Path, round: int) -> State:
-    """What the client kept in `round`, {} where it kept nothing or `round` is 0."""
+    """What the client kept in `round`, {} where it kept nothing or `round` is 0.
+
+    Raises:
+        RunError: a file of it is damaged; it is never taken for nothing.
+    """
     folder = _folder(root, round)
     try:
         return {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise RunError(f"The personal state in {folder} cannot be read: {error}.") from error
 
 

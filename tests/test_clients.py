@@ -1,0 +1,134 @@
+"""What a client keeps to itself, and what an institution lets out."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+
+from clients import client as clients
+from clients import personal
+from clients.app import app
+from clients.cohort import CohortGrid
+from clients.policy import Policy
+from fedtune import wire
+from fedtune.adapter import State
+from fedtune.config import Experiment
+from fedtune.errors import RecipeError, RunError
+
+Node = dict[str, bool | int | float | str]
+
+
+def state(value: float) -> State:
+    return {"adapter": {"a": torch.full((2, 3), value)}, "head": {"w": torch.full((3,), -value)}}
+
+
+def test_exactly_the_asked_round_is_read(tmp_path: Path) -> None:
+    for round in (1, 2, 5):
+        personal.save(tmp_path, round, state(float(round)))
+    for round in (1, 2, 5):
+        kept = personal.load(tmp_path, round)
+        assert kept.keys() == {"adapter", "head"}
+        assert torch.equal(kept["adapter"]["a"], state(float(round))["adapter"]["a"])
+    assert personal.load(tmp_path, 0) == personal.load(tmp_path, 3) == {}
+
+
+def test_a_repeated_round_replaces_its_first_try(tmp_path: Path) -> None:
+    personal.save(tmp_path, 4, state(1.0))
+    personal.save(tmp_path, 4, {"adapter": {"a": torch.zeros(1)}})
+    assert personal.load(tmp_path, 4).keys() == {"adapter"}
+
+
+def test_a_crash_in_the_middle_of_saving_leaves_the_round_before(tmp_path: Path) -> None:
+    personal.save(tmp_path, 1, state(1.0))
+    half = tmp_path / "round-000002.tmp"
+    half.mkdir()
+    (half / "adapter.safetensors").write_bytes(b"half")
+    assert personal.load(tmp_path, 2) == {}
+    personal.save(tmp_path, 2, state(2.0))
+    assert float(personal.load(tmp_path, 2)["adapter"]["a"][0, 0]) == 2.0
+
+
+def test_only_the_last_rounds_are_kept(tmp_path: Path) -> None:
+    for round in range(1, 9):
+        personal.save(tmp_path, round, state(float(round)))
+    assert len(list(tmp_path.iterdir())) == personal.KEPT
+    assert personal.load(tmp_path, 8)
+
+
+def test_damaged_personal_state_is_an_error_and_not_a_new_start(tmp_path: Path) -> None:
+    personal.save(tmp_path, 1, state(1.0))
+    file = tmp_path / "round-000001" / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(RunError, match="cannot be read"):
+        personal.load(tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"client": "a", "shard": "a.jsonl", "label_count": True}, "Did you mean 'label_counts'"),
+        ({"client": "a", "shard": "a.jsonl", "samples": 1}, "samples = 1 must be of type bool"),
+        ({"client": "a", "shard": "a.jsonl", "samples": "true"}, "must be of type bool"),
+        ({"shard": "a.jsonl"}, "needs a client's name"),
+        ({"client": "a", "shard": ""}, "needs a client's name"),
+    ],
+)
+def test_a_mistyped_policy_is_refused(config: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Policy.of(config)
+
+
+def test_nothing_is_let_out_by_default() -> None:
+    assert Policy.of({"client": "a", "shard": "a.jsonl"}) == Policy(False, False)
+
+
+def asked(experiment: Experiment, node: Node) -> Message:
+    """The reply of a node with this node-config to the roster's question."""
+    CohortGrid(app, experiment.flat())  # tells Flower which run this process belongs to
+    context = Context(1, 7, node, RecordDict(), dict(experiment.flat()))
+    content = RecordDict({wire.CONFIG: ConfigRecord({"arm": ""})})
+    message = Message(content, 7, "query.describe")
+    message.metadata.__dict__["_message_id"] = "question"
+    return app(message, context)
+
+
+@pytest.fixture
+def hospital(tiny: Experiment, three_clients: Path) -> tuple[Experiment, Node]:
+    classes = "classification(classes='cancel,hours,status')"
+    node: Node = {
+        "client": "hospital",
+        "shard": str(three_clients / "train.jsonl"),
+        "test": str(three_clients / "test.jsonl"),
+    }
+    return tiny.replace(task=classes), node
+
+
+def test_label_counts_leave_an_institution_only_if_it_says_so(
+    hospital: tuple[Experiment, Node],
+) -> None:
+    experiment, node = hospital
+    for allowed in (False, True):
+        reply = asked(experiment, {**node, "label_counts": allowed})
+        (about,) = json.loads(str(reply.content[wire.CONFIG]["clients"]))
+        assert about["name"] == "hospital"
+        assert about["examples"] == 50
+        assert (about["mix"] is not None) == allowed
+
+
+def test_an_institutions_errors_do_not_tell_what_stood_in_a_row(
+    hospital: tuple[Experiment, Node], tmp_path: Path
+) -> None:
+    experiment, node = hospital
+    secret = "patient 4711 has the flu"
+    shard = tmp_path / "rows.jsonl"
+    rows = [{"text": secret, "label": "status"}] * 3 + [{"text": secret, "label": secret}]
+    shard.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    config = {**node, "shard": str(shard)}
+    described = asked(experiment, config)
+    assert not described.has_error()
+    client = clients.institution(experiment, tuple(sorted(config.items())))
+    with pytest.raises(RecipeError, match="label") as caught:
+        _ = client.examples
+    assert "4711" not in str(caught.value)
