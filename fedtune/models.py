@@ -116,7 +116,7 @@ def _adapted(base: Base, model: ModelSettings, adapter: AdapterSettings) -> Peft
     everything = adapter.target_modules == "all-linear"
     targets = [name.strip() for name in adapter.target_modules.split(",")]
     if not everything:
-        _require_targets(base.module, targets, model.name)
+        _require_targets(base, targets, model.name)
     config = LoraConfig(
         base_model_name_or_path=model.name,
         r=adapter.rank,
@@ -138,8 +138,12 @@ def _adapted(base: Base, model: ModelSettings, adapter: AdapterSettings) -> Peft
     return module
 
 
-def _require_targets(module: nn.Module, targets: Sequence[str], name: str) -> None:
-    linear = [key for key, part in module.named_modules() if isinstance(part, nn.Linear | Conv1D)]
+def _require_targets(base: Base, targets: Sequence[str], name: str) -> None:
+    linear = [
+        key
+        for key, part in base.module.named_modules()
+        if isinstance(part, nn.Linear | Conv1D) and key.rsplit(".", 1)[-1] not in base.heads
+    ]
     ends = sorted({key.rsplit(".", 1)[-1] for key in linear})
     for target in targets:
         if not any(key == target or key.endswith(f".{target}") for key in linear):
