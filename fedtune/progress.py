@@ -8,13 +8,15 @@ import logging
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColumn
 from rich.progress import TimeRemainingColumn as TimeLeft
+from rich.table import Column
 
 from fedtune.records import RoundRecord, merge
 from fedtune.report import human_bytes, summarise
 
-QUALITY = ("accuracy", "macro_f1", "perplexity", "token_accuracy")
+QUALITY = ("accuracy", "perplexity")
+WIDE = 96  # columns that leave room for a bar
 
 
 class ProgressHandler(logging.Handler):
@@ -31,19 +33,17 @@ class ProgressHandler(logging.Handler):
         self.title = title
         self.tasks: dict[str, TaskID] = {}
         self.cohort: dict[str, int] = {}
+        self.answered: dict[str, int] = {}
         self.rounds: dict[str, int] = {}
         self.bytes: dict[str, int] = {}
-        self.progress = Progress(
-            TextColumn("{task.description:<14}"),
-            BarColumn(bar_width=16),
-            TextColumn("{task.fields[round]:<13}"),
-            TextColumn("{task.fields[numbers]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeLeft(compact=True),
-            console=console,
-            transient=True,
-        )
+        columns: list[ProgressColumn] = [
+            TextColumn(f"{{task.{text}}}", table_column=Column(no_wrap=True))
+            for text in ("description", "fields[round]", "fields[clients]", "fields[numbers]")
+        ]
+        if console.width >= WIDE:
+            columns.insert(1, BarColumn(bar_width=10))
+        columns += [TimeLeft(compact=True, table_column=Column(no_wrap=True)), TextColumn("left")]
+        self.progress = Progress(*columns, console=console, transient=True)
 
     def __enter__(self) -> "ProgressHandler":
         log = logging.getLogger("fedtune")
@@ -72,20 +72,30 @@ class ProgressHandler(logging.Handler):
         arm = str(event["arm"])
         if arm not in self.tasks:
             description: str = arm or self.title
-            self.tasks[arm] = self.progress.add_task(description, total=None, round="", numbers="")
+            self.tasks[arm] = self.progress.add_task(
+                description, total=None, round="", clients="", numbers=""
+            )
             self.rounds[arm], self.cohort[arm], self.bytes[arm] = 0, 1, 0
         if event["event"] == "roster":
             self.rounds[arm] = int(event["rounds"])
             self.progress.update(self.tasks[arm], total=float(event["rounds"]))
         elif event["event"] == "round":
-            self.cohort[arm] = max(1, len(event["cohort"]))
+            self.cohort[arm], self.answered[arm] = max(1, len(event["cohort"])), 0
             shown = f"round {event['round']}/{self.rounds[arm]}"
-            self.progress.update(self.tasks[arm], round=shown, completed=event["round"] - 1)
+            completed = event["round"] - 1
+            self.progress.update(self.tasks[arm], round=shown, completed=completed)
+            self._clients(arm)
         elif event["event"] == "reply" and event["kind"] == "train":
+            self.answered[arm] += 1
             # The evaluation that follows is the last tenth of a round.
             self.progress.advance(self.tasks[arm], 0.9 / self.cohort[arm])
+            self._clients(arm)
         elif event["event"] == "committed":
             self._committed(arm, event["record"])
+
+    def _clients(self, arm: str) -> None:
+        shown = f"{self.answered[arm]}/{self.cohort[arm]} clients"
+        self.progress.update(self.tasks[arm], clients=shown)
 
     def _committed(self, arm: str, record: RoundRecord) -> None:
         self.bytes[arm] += record.bytes_down + record.bytes_up
