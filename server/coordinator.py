@@ -121,7 +121,7 @@ class Coordinator:
         updates = self._collect(server, names, round, tally)
         needed = self.experiment.coordinator.minimum_replies
         if names and len(updates) < needed:
-            reasons = "; ".join(f"{r.client}: {r.reason}" for r in tally.rejected)
+            reasons = "; ".join(f"{r.client}: {r.reason.rstrip('.')}" for r in tally.rejected)
             raise RunError(
                 f"Round {round}: {len(updates)} of {len(names)} replies were accepted, {needed} "
                 f"are needed (coordinator.minimum_replies). {reasons}. Nothing of this round was "

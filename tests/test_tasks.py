@@ -65,16 +65,27 @@ def test_a_prompt_is_what_an_example_begins_with(tiny_llama: Path) -> None:
     assert answer == "late"
 
 
-def test_an_answer_that_does_not_fit_is_an_error_with_its_row(tiny_llama: Path) -> None:
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(16, 48))
+def test_a_row_too_long_loses_the_middle_of_its_instruction(
+    tiny_llama: Path, asked: int, answered: int, limit: int
+) -> None:
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama)
-    rows = Dataset.from_list(
-        [
-            {"instruction": "where", "output": "late"},
-            {"instruction": "where " * 80, "output": "late"},
-        ]
-    )
-    with pytest.raises(RecipeError, match="Row 2: the instruction alone fills"):
-        Instruction().encode(rows, tokenizer, (), 40)
+    words = ["where", *["card"] * asked, "phone"]
+    answer = " ".join(["late", *["order"] * answered])
+    rows = Dataset.from_list([{"instruction": " ".join(words), "output": answer}])
+    (whole,) = Instruction().encode(rows, tokenizer, (), 1000)
+    (cut,) = Instruction().encode(rows, tokenizer, (), limit)
+    assert len(cut["input_ids"]) == min(limit, len(whole["input_ids"]))
+    full, kept = learnt(whole), learnt(cut)
+    assert kept == full[: len(kept)]
+    assert len(kept) >= min(len(full), limit // 2)
+    prompt = [t for t, label in zip(cut["input_ids"], cut["labels"], strict=True) if label < 0]
+    asking = whole["input_ids"][: len(whole["input_ids"]) - len(full)]
+    head = (len(prompt) + 1) // 2
+    tail = len(prompt) - head
+    assert prompt == [*asking[:head], *asking[len(asking) - tail :]]
+    if len(kept) < len(full):
+        assert len(cut["input_ids"]) == limit
 
 
 @given(st.integers(1, 30), st.integers(2, 9))

@@ -174,13 +174,10 @@ class Instruction(CausalLM):
                 if tokens[-1] == eos:  # appended by the tokenizer, standing for no characters
                     tokens, learnt = tokens[:-1], learnt[:-1]
                 tokens, learnt = [*tokens, eos], [*learnt, True]
-            if not any(learnt[1:max_length]):
-                raise RecipeError(
-                    f"Row {number + 1}: the instruction alone fills model.max_length = "
-                    f"{max_length} tokens, nothing of the answer is left. Raise it."
-                )
+            kept = _kept(learnt.index(True), len(tokens), max_length)
+            tokens, learnt = [tokens[i] for i in kept], [learnt[i] for i in kept]
             targets = [token if own else IGNORED for token, own in zip(tokens, learnt, strict=True)]
-            examples.append({"input_ids": tokens[:max_length], "labels": targets[:max_length]})
+            examples.append({"input_ids": tokens, "labels": targets})
         return examples
 
     def prompts(
@@ -195,6 +192,18 @@ class Instruction(CausalLM):
             )
             for prompt, _, answer in self._written(rows, tokenizer)
         ]
+
+
+def _kept(prompt: int, total: int, max_length: int) -> list[int]:
+    """Which tokens of a row stay, when its first `prompt` tokens are no answer.
+
+    The answer may fill what the prompt leaves, and half of the room in any case. A prompt that is
+    longer loses its middle: its beginning and the mark after which the answer starts stay.
+    """
+    answer = min(total - prompt, max(max_length - prompt, max_length // 2))
+    room = min(prompt, max_length - answer)
+    head = (room + 1) // 2
+    return [*range(head), *range(prompt - (room - head), prompt + answer)]
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase) -> int:
