@@ -28,7 +28,8 @@ TEMPLATE = """<!doctype html>
     white-space: nowrap; }
   th { color: var(--soft); font-weight: 600; font-size: .9rem; }
   th:first-child, td:first-child { text-align: left; }
-  td.text { text-align: left; white-space: normal; }
+  th.text, td.text { text-align: left; white-space: normal; vertical-align: top; }
+  td.text div { max-height: 9em; overflow-y: auto; white-space: pre-wrap; min-width: 12em; }
   tr.federated { background: var(--mark); font-weight: 600; }
   .facts { display: flex; flex-wrap: wrap; gap: .4rem 2rem; margin: 0; padding: 0; }
   .facts div { min-width: 6rem; }
@@ -105,7 +106,7 @@ rows like its own.</p>
 <h2>Replies that were set aside</h2>
 <p class="note">They did not touch the model; the round went on with the others.</p>
 <div class="scroll"><table>
-<tr><th>round</th><th>client</th><th>code</th><th>reason</th></tr>
+<tr><th>round</th><th>client</th><th>code</th><th class="text">reason</th></tr>
 {% for round, rejection in rejections %}
 <tr><td>{{ round }}</td><td>{{ rejection.client }}</td><td>{{ rejection.code }}</td>
   <td class="text">{{ rejection.reason }}</td></tr>
@@ -117,10 +118,13 @@ rows like its own.</p>
 <h2>Generated answers</h2>
 <p class="note">Greedy answers of the federated model to test rows, beside the reference.</p>
 <div class="scroll"><table>
-<tr><th>client</th><th>prompt</th><th>answer</th><th>reference</th></tr>
+<tr><th>client</th><th class="text">prompt</th><th class="text">answer</th>
+  <th class="text">reference</th></tr>
 {% for sample in run.samples %}
-<tr><td>{{ sample.client }}</td><td class="text">{{ sample.prompt }}</td>
-  <td class="text">{{ sample.answer }}</td><td class="text">{{ sample.reference }}</td></tr>
+<tr><td class="text">{{ sample.client }}</td>
+  {% for part in [sample.prompt, sample.answer, sample.reference] %}
+  <td class="text"><div>{{ part }}</div></td>
+  {% endfor %}</tr>
 {% endfor %}
 </table></div>
 {% endif %}
