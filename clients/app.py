@@ -80,6 +80,7 @@ def describe(message: Message, context: Context) -> Message:
     here = hosted(context, str(message.content[wire.CONFIG]["arm"]))
     described = []
     for name, client in here.items():
+        client.require_rows()
         column = client.parts.task.label_column
         counts = shards.mix([client.shard], column)[name] if column else None
         described.append(

@@ -87,6 +87,14 @@ class Client:
         except RecipeError as error:
             raise RecipeError(f"{split} rows of client '{self.shard.name}': {error}") from error
 
+    def require_rows(self) -> None:
+        """Encode every row now, so that a faulty one is told before the first round.
+
+        Raises:
+            RecipeError: a row does not fit the task; its number is in the message.
+        """
+        _ = self.examples, self.tests
+
     def _turn(self, address: Address, received: State) -> Turn:
         kept = personal.load(self.state, address.last_round)
         return Turn(address.round, received, kept)

@@ -81,6 +81,12 @@ def config_of(task: Task, settings: ModelSettings, labels: Sequence[str]) -> tup
     path = resolve(settings.name)
     with quiet(), found(settings):
         config = AutoConfig.from_pretrained(path, revision=settings.revision)
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions and settings.max_length > positions:
+        raise RecipeError(
+            f"model.max_length = {settings.max_length}, but '{settings.name}' knows {positions} "
+            "positions. Lower it."
+        )
     task.configure(config, path, labels)
     return path, _without_dropout(config)
 

@@ -231,7 +231,7 @@ _RANGES: list[tuple[str, Any, str]] = [
         lambda v: v and not NAME.fullmatch(v),
         "letters a-z, digits, '.', '_' or '-', at most 64",
     ),
-    ("seed", _outside(0, 2**53), "at least 0"),
+    ("seed", _outside(0, 2**53), "between 0 and 2^53"),
     ("rounds", _outside(1), "at least 1"),
     ("weighting", _not_in("examples", "uniform"), "'examples' or 'uniform'"),
     (

@@ -181,7 +181,10 @@ def initial(model: Model, seed: int) -> State:
             if isinstance(part, LoraLayer) and "default" in part.r:
                 init = model.module.peft_config["default"].init_lora_weights
                 with _on_cpu(part):
-                    part.reset_lora_parameters("default", init)
+                    if init == "orthogonal":
+                        _orthogonal(part)
+                    else:
+                        part.reset_lora_parameters("default", init)
         if model.fresh:
             for parameter in model.tensors.get("head", {}).values():
                 fan_in = parameter.shape[-1] if parameter.dim() > 1 else 0
@@ -190,6 +193,16 @@ def initial(model: Model, seed: int) -> State:
     state = read(model)
     write(model, before)
     return state
+
+
+def _orthogonal(part: LoraLayer) -> None:
+    """PEFT's orthogonal initialisation, which makes new parameters, copied into the live ones."""
+    factors = (part.lora_A["default"], part.lora_B["default"])
+    live = [factor.weight for factor in factors]
+    part.orthogonal_init("default")
+    for factor, parameter in zip(factors, live, strict=True):
+        parameter.copy_(factor.weight)
+        factor.weight = parameter
 
 
 @contextlib.contextmanager

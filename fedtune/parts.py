@@ -58,7 +58,16 @@ def resolve(experiment: Experiment) -> Parts:
             f"evaluation.samples = {experiment.evaluation.samples} needs a task that generates "
             f"text, but task = '{experiment.task}'. Set it to 0, or task = 'instruction'."
         )
-    for name in reference_names(experiment):
+    if experiment.adapter.init == "orthogonal" and experiment.adapter.rank % 2:
+        raise RecipeError(
+            "adapter.init = 'orthogonal' needs an even adapter.rank, not "
+            f"{experiment.adapter.rank}."
+        )
+    names = reference_names(experiment)
+    for name in names:
+        if names.count(name) > 1 or name == experiment.strategy:
+            again = "twice" if names.count(name) > 1 else "which is the recipe's own strategy"
+            raise RecipeError(f"references: it names '{name}' {again}. Name others, each once.")
         if name not in STRATEGIES:
             raise RecipeError(
                 f"references: strategy '{name}' is unknown.{nearest(name, STRATEGIES)} "

@@ -111,6 +111,7 @@ def train(
         trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
     if settings.gradient_checkpointing:
+        model.module.get_base_model().config.use_cache = False
         model.module.activation_checkpointing_enable({"use_reentrant": False})
     model.module.train()
     sums: list[Sums] = []

@@ -20,7 +20,13 @@ LOCK_SECONDS = 3.0
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Keep other processes out of a run's folder; a process that is just ending may hold it yet."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RecipeError(
+            f"The run's folder {folder} cannot be made: {error.strerror}. Set output to a folder "
+            "that can be written to."
+        ) from error
     lock = FileLock(folder / ".lock", timeout=LOCK_SECONDS)
     try:
         lock.acquire()

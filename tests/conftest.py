@@ -80,7 +80,7 @@ def tiny_bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=24,
-            max_position_embeddings=64,
+            max_position_embeddings=128,
         )
         BertModel(config).save_pretrained(folder)
     make_tokenizer(folder, bert=True)
@@ -100,7 +100,7 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
             num_attention_heads=2,
             num_key_value_heads=1,
             intermediate_size=24,
-            max_position_embeddings=64,
+            max_position_embeddings=128,
             bos_token_id=1,
             eos_token_id=2,
         )
@@ -120,7 +120,7 @@ def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
             n_embd=16,
             n_layer=2,
             n_head=2,
-            n_positions=64,
+            n_positions=128,
             bos_token_id=1,
             eos_token_id=2,
         )

@@ -132,6 +132,13 @@ def test_list_knows_every_part(fedtune) -> None:  # type: ignore
         ),
         ("data.source=jsonl(train='none.jsonl')", "none.jsonl"),
         ("evaluation.samples=2", "needs a task that generates"),
+        ("model.max_length=129", "knows 128 positions"),
+        ("references=local_only,local_only", "names 'local_only' twice"),
+        ("references=fedit", "names 'fedit' which is the recipe's own strategy"),
+        ("task=classification(classes='late,late')", "two or more different names"),
+        ("task=classification(classes='hours,status')", "Row "),
+        ("task=causal_lm", "has no EOS token"),
+        ("output=/proc/nowhere", "cannot be made"),
         ("data.clients=4", "data.clients = 4 must be 0"),
     ],
 )

@@ -75,6 +75,23 @@ def test_the_start_depends_on_the_seed_alone(
     )
 
 
+@pytest.mark.parametrize("init", sorted(models.INIT))
+def test_every_initialisation_leaves_the_model_trainable(tiny_bert: Path, init: str) -> None:
+    """B A is zero at the start, and what is drawn lands in the parameters that are trained."""
+    settings = ModelSettings(name=str(tiny_bert), device="cpu")
+    task, adapter = Classification(), AdapterSettings(rank=2, init=init)
+    model = models.load(task, settings, adapter, ("a", "b"), 0)
+    live = {n: p for group in model.tensors.values() for n, p in group.items()}
+    state = models.initial(model, 3)
+    inside = dict(model.module.named_parameters())
+    assert all(any(p is q for q in inside.values()) for p in live.values())
+    for name, a in state["adapter"].items():
+        if "lora_A" in name:
+            b = state["adapter"][name.replace("lora_A", "lora_B")]
+            assert a.any()
+            assert torch.allclose(b @ a, torch.zeros(()), atol=1e-6)
+
+
 def test_write_refuses_what_does_not_fit(tiny_llama: Path) -> None:
     model = models.load(
         CausalLM(),

@@ -81,6 +81,9 @@ class Classification(Task):
 
     def __post_init__(self) -> None:
         """Refuse unknown words."""
+        names = [name.strip() for name in self.classes.split(",")] if self.classes else []
+        if self.classes and (len(set(names)) < len(names) or len(names) < 2 or "" in names):
+            raise ValueError("classes must be two or more different names, as in 'refund,delivery'")
         for name, words in (
             ("head", ("average", "local", "frozen")),
             ("pooling", ("auto", "mean", "model")),
