@@ -23,18 +23,19 @@ log = logging.getLogger("fedtune")
 app = ClientApp()
 
 
-def _experiment(context: Context, arm: str) -> Experiment:
+def _experiment(context: Context) -> Experiment:
     experiment = Experiment.from_flat(context.run_config)
     if not experiment.name:
         experiment = experiment.replace(name=f"run-{context.run_id}")
-    return parts.reference(experiment, arm) if arm else experiment
+    return experiment
 
 
 def hosted(context: Context, arm: str) -> dict[str, Client]:
     """The clients of this node by name."""
-    experiment, node = _experiment(context, arm), dict(context.node_config)
+    whole, node = _experiment(context), dict(context.node_config)
+    experiment = parts.reference(whole, arm) if arm else whole
     if "partition-id" not in node:
-        client = clients.institution(experiment, tuple(sorted(node.items())))
+        client = clients.institution(experiment, whole.run_id, tuple(sorted(node.items())))
         return {client.shard.name: client}
     own, nodes = int(node["partition-id"]), int(node["num-partitions"])
     everybody = sorted(clients.simulated(experiment).items())
@@ -119,6 +120,5 @@ def evaluate(message: Message, context: Context) -> Message:
     sums = client.evaluate(address, wire.unpack(message.content))
     content = RecordDict({wire.CONFIG: address.record(), wire.METRICS: wire.metrics_record(sums)})
     if address.scope == "own" and address.round == client.experiment.rounds:
-        samples = json.dumps(client.samples(), ensure_ascii=False)
-        content["samples"] = ConfigRecord({"samples": samples})
+        content[wire.SAMPLES] = wire.samples_record(client.samples())
     return Message(content, reply_to=message)

@@ -187,8 +187,15 @@ def simulated(experiment: Experiment) -> dict[str, Client]:
 
 
 @functools.lru_cache(maxsize=1)
-def institution(experiment: Experiment, config: tuple[tuple[str, object], ...]) -> Client:
+def institution(
+    experiment: Experiment, run_id: str, config: tuple[tuple[str, object], ...]
+) -> Client:
     """The one client of a SuperNode, with the rows that its own node-config names.
+
+    Args:
+        experiment: the arm's.
+        run_id: of the whole run; what the client keeps lies in a folder of that name.
+        config: the node-config, sorted.
 
     Raises:
         RecipeError: the node-config or its file is wrong, or the recipe asks for pooled rows.
@@ -206,5 +213,5 @@ def institution(experiment: Experiment, config: tuple[tuple[str, object], ...]) 
         name, str(node["shard"]), str(node.get("test", "")) or None, data, seed
     )
     labels = resolved.task.labels(None)
-    root = Path(str(node.get("state", Path.home() / ".fedtune"))) / name / experiment.name
+    root = Path(str(node.get("state", Path.home() / ".fedtune"))) / name / run_id
     return Client(experiment, shard, labels, root / experiment.strategy, policy)

@@ -7,6 +7,7 @@ stands: `flwr run . --run-config recipe.toml`. What a recipe does not say keeps 
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import re
@@ -21,6 +22,10 @@ from fedtune.errors import RecipeError
 
 Leaf = bool | int | float | str
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+# What may change between the parts of one run.
+FREE = ("name", "output", "references", "coordinator.wait_seconds", "coordinator.timeout_seconds")
 
 
 @dataclass(frozen=True)
@@ -167,6 +172,16 @@ class Experiment:
     def flat(self) -> dict[str, Leaf]:
         """Every key with its value, nested keys dotted."""
         return flatten(dataclasses.asdict(self))
+
+    def identity(self) -> dict[str, Leaf]:
+        """The keys that decide a run's bytes, not where it lies or how long it waits."""
+        return {key: value for key, value in self.flat().items() if key not in FREE}
+
+    @property
+    def run_id(self) -> str:
+        """The name, and a digest of the identity: the same for every part of a resumed run."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        return f"{self.name}-{hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
     def replace(self, **changes: Leaf) -> Self:
         """A copy with other values; nested keys have two underscores, `train__epochs=2`."""

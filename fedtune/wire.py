@@ -6,6 +6,8 @@ Flower checks neither an array's declared shape nor its length, and a header may
 reply that does not pass is set aside with its reason and never broadcast into shape.
 """
 
+import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +29,7 @@ HEADER = re.compile(
     rb"'shape': \((?P<shape>(?:[0-9]{1,12}(?:, |,|))*)\), \} *\n"
 )
 MAXIMUM_EXAMPLES = 10**9
-CONFIG, METRICS, EXAMPLES = "config", "metrics", "num-examples"
+CONFIG, METRICS, EXAMPLES, SAMPLES = "config", "metrics", "num-examples", "samples"
 
 
 class RejectedError(Exception):
@@ -202,8 +204,15 @@ def metrics_record(sums: Mapping[str, Sequence[float]], examples: int = 0) -> Me
     return MetricRecord({EXAMPLES: examples, **{k: [float(v) for v in s] for k, s in sums.items()}})
 
 
-def gate_metrics(content: RecordDict, sent: Address) -> dict[str, list[float]]:
-    """The metrics of a reply, if they are finite lists of numbers.
+def gate_metrics(
+    content: RecordDict, sent: Address, expected: Mapping[str, int]
+) -> dict[str, list[float]]:
+    """The metrics of a reply, if they are what the task adds up.
+
+    Args:
+        content: of the reply.
+        sent: the address that the message carried.
+        expected: each metric's name and of how many numbers it consists.
 
     Raises:
         RejectedError: E_REPLAY, E_SCHEMA or E_NONFINITE.
@@ -213,10 +222,32 @@ def gate_metrics(content: RecordDict, sent: Address) -> dict[str, list[float]]:
     if not isinstance(record, MetricRecord):
         raise RejectedError("E_SCHEMA", "the reply has no metrics")
     sums: dict[str, list[float]] = {}
-    for name, values in record.items():
-        if name == EXAMPLES:
-            continue
-        if not isinstance(values, list) or not all(np.isfinite(values)):
-            raise RejectedError("E_NONFINITE", f"metric '{name}' is no list of finite numbers")
+    if odd := (record.keys() - {EXAMPLES}) ^ expected.keys():
+        raise RejectedError("E_SCHEMA", f"metrics missing or unknown: {', '.join(sorted(odd)[:3])}")
+    for name, length in expected.items():
+        values = record[name]
+        if not isinstance(values, list) or len(values) != length:
+            raise RejectedError("E_SCHEMA", f"metric '{name}' is no list of {length} numbers")
+        if not all(math.isfinite(value) and value >= 0 for value in values):
+            raise RejectedError("E_NONFINITE", f"metric '{name}' is not finite or below 0")
         sums[name] = [float(value) for value in values]
     return sums
+
+
+def samples_record(samples: Sequence[tuple[str, str, str]]) -> ConfigRecord:
+    """(prompt, answer, reference) of generated samples as a Flower record."""
+    return ConfigRecord({SAMPLES: json.dumps(samples, ensure_ascii=False)})
+
+
+def samples_of(content: RecordDict) -> list[tuple[str, str, str]]:
+    """The generated samples in a reply; what is not of their form is left out."""
+    record = content.get(SAMPLES)
+    try:
+        found = json.loads(str(record[SAMPLES])) if isinstance(record, ConfigRecord) else []
+    except (KeyError, ValueError):
+        return []
+    return [
+        (str(item[0]), str(item[1]), str(item[2]))
+        for item in (found if isinstance(found, list) else [])
+        if isinstance(item, list) and len(item) == 3
+    ]

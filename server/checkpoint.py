@@ -24,8 +24,6 @@ from fedtune.errors import FedTuneError, RecipeError, RunError
 
 log = logging.getLogger("fedtune")
 KEPT = 2
-# What may change between the parts of one run: it says where and how long, not what.
-FREE = ("name", "output", "references", "coordinator.wait_seconds", "coordinator.timeout_seconds")
 
 
 @dataclass(frozen=True)
@@ -43,16 +41,6 @@ class Checkpoint:
     last_rounds: dict[str, int]
 
 
-def identity(experiment: Experiment) -> dict[str, Leaf]:
-    """The keys that decide a run's bytes."""
-    return {k: v for k, v in experiment.flat().items() if k not in FREE}
-
-
-def digest(experiment: Experiment) -> str:
-    """SHA-256 of a run's identity."""
-    return hashlib.sha256(json.dumps(identity(experiment), sort_keys=True).encode()).hexdigest()
-
-
 def commit(folder: Path, checkpoint: Checkpoint, experiment: Experiment) -> None:
     """Make `checkpoint` the run's last round.
 
@@ -68,7 +56,7 @@ def commit(folder: Path, checkpoint: Checkpoint, experiment: Experiment) -> None
             (fresh / f"{group}.safetensors").write_bytes(save(adapter))
         manifest = {
             "round": checkpoint.round,
-            "experiment": identity(experiment),
+            "experiment": experiment.identity(),
             "last_rounds": checkpoint.last_rounds,
             "files": {file.name: _sha256(file) for file in sorted(fresh.glob("*.safetensors"))},
             "torch": torch.__version__,
@@ -111,7 +99,7 @@ def latest(folder: Path, experiment: Experiment) -> Checkpoint | None:
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             faults.append(f"{candidate.name}: {error}")
             continue
-        ours = identity(experiment)
+        ours = experiment.identity()
         if odd := [key for key in ours.keys() | theirs.keys() if ours.get(key) != theirs.get(key)]:
             changed = ", ".join(
                 f"{key} was {theirs.get(key)!r} and is {ours.get(key)!r}" for key in sorted(odd)

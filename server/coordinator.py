@@ -57,9 +57,10 @@ class Coordinator:
         self.parts = parts.resolve(self.experiment)
         self.folder = parts.folder_of(self.experiment)
         self.head = HeadRule.of(self.parts.task, self.parts.strategy)
-        self.run_id = f"{experiment.name}:{checkpoint.digest(experiment)[:16]}"
+        self.run_id = experiment.run_id
         self.roster = Roster({})
         self.initial: State = {}
+        self.metrics: dict[str, int] = {}
         self.last_rounds: dict[str, int] = {}
 
     def run(self) -> None:
@@ -74,6 +75,7 @@ class Coordinator:
         for reason in self.roster.refusals:
             log.warning("a node does not take part: %s", reason)
         self._say("roster", f"{len(self.roster.members)} clients", rounds=e.rounds)
+        self.metrics = self.parts.task.metrics(self.roster.labels)
         model = models.load(self.parts.task, e.model, e.adapter, self.roster.labels, e.seed)
         self.initial = models.initial(model, e.seed)
         start = checkpoint.latest(self.folder / "checkpoint", e) or self._begin()
@@ -220,7 +222,7 @@ class Coordinator:
             try:
                 examples = self.roster.members[name].examples
                 state, count = wire.gate(contents[name], address, schema, examples)
-                sums = wire.gate_metrics(contents[name], address)
+                sums = wire.gate_metrics(contents[name], address, self.metrics)
             except RejectedError as error:
                 self._reject(tally, name, error.code, error.reason)
                 continue
@@ -233,10 +235,10 @@ class Coordinator:
         """Metrics on own test rows, and for personal models in the last round on pooled ones."""
         last = round == self.experiment.rounds
         scopes = ["own"]
-        if last and self.parts.strategy.personal and len(self.roster.members) > 1:
+        tested = [name for name, member in self.roster.members.items() if member.test_examples]
+        if last and tested and self.parts.strategy.personal and len(self.roster.members) > 1:
             scopes.append("pooled")
         evaluation: dict[str, dict[str, Sums]] = {}
-        tested = [name for name, member in self.roster.members.items() if member.test_examples]
         for scope in scopes:
             names = tested if scope == "own" else list(self.roster.members)
             messages = self._messages("evaluate", server, names, round, scope)
@@ -244,7 +246,7 @@ class Coordinator:
             evaluation[scope] = {}
             for name in sorted(contents):
                 try:
-                    sums = wire.gate_metrics(contents[name], messages[name][0])
+                    sums = wire.gate_metrics(contents[name], messages[name][0], self.metrics)
                 except RejectedError as error:
                     self._reject(tally, name, error.code, error.reason)
                     continue
@@ -257,8 +259,7 @@ class Coordinator:
         samples = [
             {"client": name, "prompt": prompt, "answer": answer, "reference": reference}
             for name, content in sorted(contents.items())
-            if "samples" in content
-            for prompt, answer, reference in json.loads(str(content["samples"]["samples"]))
+            for prompt, answer, reference in wire.samples_of(content)
         ]
         if samples:
             checkpoint.write_json(self.folder / "samples.json", list(samples))

@@ -87,7 +87,10 @@ def ask(grid: Grid, arm: str, settings: CoordinatorSettings) -> Roster:
             if reply.has_error():
                 refusals[node] = reply.error.reason or "no reason given"
                 continue
-            simulated = max(simulated, _enter(members, node, reply))
+            try:
+                simulated = max(simulated, _enter(members, node, reply))
+            except (KeyError, TypeError, ValueError) as error:
+                refusals[node] = f"its description is malformed ({type(error).__name__})"
         # Institutions may yet come; a simulation is whole once its nodes are there.
         complete = bool(simulated) or len(members) >= settings.minimum_clients
         if len(asked) >= max(1, simulated) and (complete if members else refusals):

@@ -9,9 +9,10 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from clients import personal
 from clients.app import app
+from clients.client import institution
 from clients.cohort import CohortGrid
 from clients.policy import Policy
-from fedtune import wire
+from fedtune import parts, wire
 from fedtune.adapter import State
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError, RunError
@@ -114,6 +115,20 @@ def test_label_counts_leave_an_institution_only_if_it_says_so(
         assert about["name"] == "hospital"
         assert about["examples"] == 50
         assert (about["mix"] is not None) == allowed
+
+
+def test_two_runs_at_one_institution_do_not_share_what_it_keeps(
+    hospital: tuple[Experiment, Node],
+) -> None:
+    """References have the same name in every run; their personal adapters must not meet."""
+    experiment, node = hospital
+    config = tuple(sorted(node.items()))
+    folders = []
+    for run in (experiment, experiment.replace(seed=1), experiment.replace(output="elsewhere")):
+        arm = parts.reference(run, "local_only")
+        folders.append(institution(arm, run.run_id, config).state)
+    assert folders[0] != folders[1]
+    assert folders[0] == folders[2]  # where the coordinator writes does not matter
 
 
 def test_an_institutions_errors_do_not_tell_what_stood_in_a_row(

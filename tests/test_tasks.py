@@ -136,6 +136,7 @@ def test_the_loss_of_a_row_is_the_mean_over_its_own_tokens() -> None:
         [float((losses[0] * 4 + losses[1]).detach()), 5.0], rel=1e-5
     )
     assert sums["token_accuracy"][1] == 5.0
+    assert {name: len(values) for name, values in sums.items()} == task.metrics(())
 
 
 def test_classification_sums_by_hand() -> None:
@@ -150,6 +151,7 @@ def test_classification_sums_by_hand() -> None:
     batch = task.collate([{"input_ids": [1, 2], "label": [k]} for k in (0, 1, 2)], 0)
     losses, sums = task.losses(Fixed(), batch)
     assert sums["accuracy"] == [2, 3]
+    assert {k: len(v) for k, v in sums.items()} == task.metrics(("a", "b", "c"))
     assert (sums["true_positive"], sums["predicted"], sums["actual"]) == (
         [1, 0, 1],
         [2, 0, 1],

@@ -19,6 +19,8 @@ from fedtune.wire import (
     gate_metrics,
     metrics_record,
     pack,
+    samples_of,
+    samples_record,
     size,
     unpack,
 )
@@ -64,7 +66,7 @@ def test_a_good_reply_passes_in_the_schemas_order() -> None:
     assert examples == 10
     assert list(state["delta"]) == ["A", "B"]
     assert all((t == 0.5).all() for adapter in state.values() for t in adapter.values())
-    assert gate_metrics(content, SENT) == {"loss": [2.5, 10.0]}
+    assert gate_metrics(content, SENT, {"loss": 2}) == {"loss": [2.5, 10.0]}
 
 
 def npy(values: np.ndarray) -> bytes:
@@ -225,9 +227,31 @@ def test_a_flipped_byte_is_refused_or_only_changes_a_value(position: int, value:
     assert torch.isfinite(state["delta"]["A"]).all()
 
 
-def test_metrics_must_be_finite_lists() -> None:
-    for value in (float("nan"), [float("inf"), 1.0], 3):
-        content = good()
-        content["metrics"] = MetricRecord({"num-examples": 1, "loss": value})
-        with pytest.raises(RejectedError, match="E_NONFINITE"):
-            gate_metrics(content, SENT)
+@pytest.mark.parametrize(
+    ("metrics", "code"),
+    [
+        ({"loss": [float("nan"), 1.0]}, "E_NONFINITE"),
+        ({"loss": [float("inf"), 1.0]}, "E_NONFINITE"),
+        ({"loss": [-1.0, 1.0]}, "E_NONFINITE"),
+        ({"loss": 3.0}, "E_SCHEMA"),
+        ({"loss": [1.0, 2.0, 3.0]}, "E_SCHEMA"),
+        ({}, "E_SCHEMA"),
+        ({"loss": [1.0, 2.0], "praise": [1.0, 1.0]}, "E_SCHEMA"),
+    ],
+)
+def test_metrics_must_be_what_the_task_adds_up(metrics: dict[str, object], code: str) -> None:
+    """Anything else would break the sums over clients, and with them the report."""
+    content = good()
+    content["metrics"] = MetricRecord({"num-examples": 1, **metrics})  # type: ignore[dict-item]
+    with pytest.raises(RejectedError, match=code):
+        gate_metrics(content, SENT, {"loss": 2})
+
+
+def test_samples_are_read_back_and_others_left_out() -> None:
+    samples = [("Q", "A", "R"), ("问", "答", "案")]
+    content = RecordDict({"samples": samples_record(samples)})
+    assert samples_of(content) == samples
+    assert samples_of(RecordDict()) == []
+    for text in ("{", "3", '[["a", "b"], 7]', "null"):
+        assert samples_of(RecordDict({"samples": ConfigRecord({"samples": text})})) == []
+    assert samples_of(RecordDict({"samples": ConfigRecord({})})) == []

@@ -98,6 +98,10 @@ class Task(ABC):
         """One batch, padded on the right to its longest example; pad: the pad token's id."""
 
     @abstractmethod
+    def metrics(self, labels: Sequence[str]) -> dict[str, int]:
+        """Each metric that `losses` adds up, and of how many numbers it consists."""
+
+    @abstractmethod
     def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
         """One loss an example, shape (batch,) in float32, and the sums of the task's metrics."""
 
