@@ -161,11 +161,11 @@ def test_grouping_by_length_shows_the_same_examples_with_less_padding(
         assert sum(len(batch) < size for batch in batches) <= 1
         return sum(len(batch) * max(len(e["input_ids"]) for e in batch) for batch in batches)
 
-    best = sum(
-        size * max(group)
-        for group in (sorted(lengths)[k : k + size] for k in range(0, len(lengths), size))
-    )
-    assert padded(True) <= min(padded(False), best)
+    ordered = sorted(lengths)
+    groups = [ordered[k : k + size] for k in range(0, len(ordered), size)]
+    assert padded(True) == sum(len(group) * max(group) for group in groups)
+    if len(lengths) % size == 0:  # a short batch may by chance hold the longest row alone
+        assert padded(True) <= padded(False)
 
 
 @given(st.integers(0, 9), st.integers(1, 7), st.integers(1, 12))
