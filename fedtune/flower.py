@@ -72,11 +72,20 @@ def run(experiment: Experiment, engine: str, follow: Callable[[], None]) -> None
             with _simulation(work) as environment:
                 _submit(app, "sim", recipe, environment, follow, work / "superlink.log")
         else:
-            _submit(app, engine, recipe, dict(os.environ), follow, None)
+            _submit(app, engine, recipe, programs(), follow, None)
 
 
 def _as_app_config(experiment: Experiment) -> str:
     return experiment.text().replace("\n[", "\n[tool.flwr.app.config.")
+
+
+def programs() -> dict[str, str]:
+    """This process's environment with the programs beside its interpreter on the PATH.
+
+    Flower's programs start each other by name, in a virtual environment that nobody activated too.
+    """
+    beside = str(Path(sys.executable).parent)
+    return {**os.environ, "PATH": os.pathsep.join([beside, os.environ.get("PATH", os.defpath)])}
 
 
 def _program(name: str) -> str:
@@ -97,7 +106,7 @@ def _simulation(work: Path) -> Iterator[dict[str, str]]:
         port = free.getsockname()[1]
     # Ray's workers put the working directory before the app: start in an empty one.
     environment = {
-        **os.environ,
+        **programs(),
         "FLWR_HOME": str(work / "flwr"),
         "FEDTUNE_FOLDER": os.environ.get("FEDTUNE_FOLDER", str(Path.cwd())),
         "OMP_NUM_THREADS": "1",

@@ -2,7 +2,6 @@
 SuperNodes that each read their own file. All three give the same adapter."""
 
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from conftest import LABELS, classification_rows, write_jsonl
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
-from fedtune import launch, parts
+from fedtune import flower, launch, parts
 from fedtune.config import Experiment
 
 pytestmark = pytest.mark.slow
@@ -99,7 +98,7 @@ def process(home: Path, log: Path, *command: str) -> Iterator[subprocess.Popen[b
     """A process of Flower's with its own FLWR_HOME, ended with the block."""
     home.mkdir(exist_ok=True)
     environment = {
-        **os.environ,
+        **flower.programs(),
         **launch.ENVIRONMENT,
         "FLWR_HOME": str(home),
         "OMP_NUM_THREADS": "1",

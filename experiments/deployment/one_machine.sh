@@ -12,6 +12,7 @@ mkdir "$folder"
 folder=$(cd "$folder" && pwd)
 fedtune=${FEDTUNE:-fedtune}
 bin=$(dirname "$(command -v "$fedtune")")
+export PATH=$bin:$PATH  # Flower's programs start each other by name
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 export HF_HUB_OFFLINE=${HF_HUB_OFFLINE:-1} OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
 mkdir "$folder"/{user,server,bank,shop}
