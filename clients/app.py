@@ -13,10 +13,12 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients import client as clients
-from clients.client import Client
+from clients.client import Client, Job
 from fedtune import parts, shards, wire
+from fedtune.adapter import State
 from fedtune.config import Experiment
 from fedtune.errors import FedTuneError, RecipeError, RunError
+from fedtune.records import Sums
 from fedtune.wire import Address, RejectedError
 
 log = logging.getLogger("fedtune")
@@ -102,13 +104,21 @@ def describe(message: Message, context: Context) -> Message:
 @_guarded
 def train(message: Message, context: Context) -> Message:
     """One client's round."""
+    client, job = opened(message, context)
+    return closed(message, client, job, *client.train(job))
+
+
+def opened(message: Message, context: Context) -> tuple[Client, Job]:
+    """The client and the job of a train message; engines that train jobs together begin here."""
     client, address = _addressed(message, context)
-    job = client.prepare(address, wire.unpack(message.content))
-    trained, sums = client.train(job)
+    return client, client.prepare(address, wire.unpack(message.content))
+
+
+def closed(message: Message, client: Client, job: Job, trained: State, sums: Sums) -> Message:
+    """The reply to a train message, once its job was trained."""
     sent = client.finish(job, trained)
-    metrics = wire.metrics_record(sums, len(client.shard.train))
-    content = RecordDict({wire.CONFIG: address.record(), **wire.pack(sent)})
-    content[wire.METRICS] = metrics
+    content = RecordDict({wire.CONFIG: job.address.record(), **wire.pack(sent)})
+    content[wire.METRICS] = wire.metrics_record(sums, len(client.shard.train))
     return Message(content, reply_to=message)
 
 

@@ -1,10 +1,11 @@
 """CohortGrid: a Flower Grid whose clients live in this process.
 
 No Ray, no SuperLink, no network, and the unmodified ServerApp and ClientApp: for research on one
-machine, for debugging and for tests. Messages are answered one after another.
+machine, for debugging and for tests. Messages are answered one after another, or a round's clients
+trained together (`batched`), which is the same computation.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from uuid import uuid4
 
 from flwr.app import Array, ArrayRecord, Context, Error, Message, RecordDict
@@ -13,8 +14,14 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run
 from flwr.supercore.task_identity import TaskIdentity
 
+from clients import app
+from clients.client import Client, Job
+from fedtune import vectorized
+from fedtune.vectorized import Outcome
+
 NODE = 1000
 RUN = 1
+TOGETHER = 4  # clients trained at once; more won nothing on a CPU and cost memory
 
 
 def copied(records: RecordDict) -> RecordDict:
@@ -34,23 +41,53 @@ def copied(records: RecordDict) -> RecordDict:
     return copy
 
 
+def _delivered(message: Message) -> Message:
+    """The message as a client gets it, with an id, which the SuperLink gives it on a network."""
+    message.metadata.__dict__["_message_id"] = str(uuid4())
+    delivered: Message = Message(copied(message.content), metadata=message.metadata)  # type: ignore[call-overload]
+    return delivered
+
+
+def _failed(message: Message, error: Exception) -> Message:
+    """What Flower's client does: any fault of a client is a reply, never the run's end."""
+    reason = f"{type(error).__name__}: {error}"
+    return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def _identified(reply: Message) -> Message:
+    reply.metadata.__dict__["_message_id"] = str(uuid4())
+    return reply
+
+
+def _trained(opened: Sequence[tuple[Message, Client, Job]]) -> list[Outcome]:
+    """The outcome of each job; all clients of a run share model, task and settings."""
+    if not opened:
+        return []
+    first = opened[0][1]
+    jobs = [(job.plan, job.work) for _, _, job in opened]
+    return vectorized.train(first.model, first.parts.task, jobs, first.experiment.train)
+
+
 class CohortGrid(Grid):
     """One node that hosts every client.
 
     Args:
         client_app: the ClientApp.
         run_config: the flat recipe.
+        batched: train the clients of one round together; `client_app` then answers other messages.
     """
 
     def __init__(
         self,
         client_app: Callable[[Message, Context], Message],
         run_config: Mapping[str, bool | int | float | str],
+        *,
+        batched: bool = False,
     ) -> None:
         # Class-wide in Flower: one run a process.
         TaskIdentity.run_id, TaskIdentity.task_id = RUN, 1
         TaskIdentity.node_id = SUPERLINK_NODE_ID
-        self._app, self._run = client_app, Run.create_empty(RUN)
+        self._app, self._run, self._batched = client_app, Run.create_empty(RUN), batched
         node_config: dict[str, bool | int | float | str] = {"partition-id": 0, "num-partitions": 1}
         self._context = Context(RUN, NODE, node_config, RecordDict(), dict(run_config))
         self._replies: dict[str, Message] = {}
@@ -82,18 +119,31 @@ class CohortGrid(Grid):
         return [NODE]
 
     def _answer(self, message: Message) -> Message:
-        # What the SuperLink does on a network: give the message its id.
-        message.metadata.__dict__["_message_id"] = str(uuid4())
-        inbound = Message(copied(message.content), metadata=message.metadata)  # type: ignore[call-overload]
+        inbound = _delivered(message)
         try:
             reply = self._app(inbound, self._context)
         except Exception as error:
-            # What Flower's client does: any fault of a client is a reply, never the run's end.
-            reason = f"{type(error).__name__}: {error}"
-            failure = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
-            reply = Message(failure, reply_to=inbound)
-        reply.metadata.__dict__["_message_id"] = str(uuid4())
-        return reply
+            reply = _failed(inbound, error)
+        return _identified(reply)
+
+    def _answer_together(self, messages: Sequence[Message]) -> Iterator[Message]:
+        """Replies to the train messages of one round, their jobs trained at once."""
+        inbound = [_delivered(message) for message in messages]
+        for begin in range(0, len(inbound), TOGETHER):
+            opened: list[tuple[Message, Client, Job]] = []
+            for message in inbound[begin : begin + TOGETHER]:
+                try:
+                    opened.append((message, *app.opened(message, self._context)))
+                except Exception as error:
+                    yield _identified(_failed(message, error))
+            for (message, client, job), outcome in zip(opened, _trained(opened), strict=True):
+                try:
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    reply = app.closed(message, client, job, *outcome)
+                except Exception as error:
+                    reply = _failed(message, error)
+                yield _identified(reply)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []
@@ -114,5 +164,9 @@ class CohortGrid(Grid):
         A generator, so that a coordinator sees each reply as it comes; `timeout` has no meaning
         where nothing can be late.
         """
+        messages = list(messages)
+        if self._batched and all(m.metadata.message_type == "train" for m in messages):
+            yield from self._answer_together(messages)
+            return
         for message in messages:
             yield self._answer(message)

@@ -47,8 +47,8 @@ def run(
     recipe: Recipe,
     overrides: Overrides = None,
     engine: Annotated[
-        str, typer.Option(help="cohort, sequential, ray, or a SuperLink connection's name.")
-    ] = "cohort",
+        str, typer.Option(help="sequential, batched, ray, or a SuperLink connection's name.")
+    ] = "sequential",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on, or show the result of a finished run.")
     ] = False,

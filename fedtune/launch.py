@@ -1,8 +1,10 @@
 """Start a run on an engine and wait for its true end.
 
-cohort     this process, through CohortGrid; the references in a second process where there is a
-core for it ray        Flower's Ray simulation, on a SuperLink that is started here and stopped
-again NAME       a SuperLink of the user's, by the name it has in Flower's configuration
+sequential  this process, one client after another; the references in a second process where there
+            is a core for it
+batched     the same, a few clients of a round trained together: the same computation
+ray         Flower's Ray simulation, on a SuperLink that is started here and stopped again
+NAME        a SuperLink of the user's, by the name it has in Flower's configuration
 
 All of them run the same ServerApp and ClientApp. What happens is told through the logger "fedtune":
 each record is a line to read, and its `event` attribute the same as data.
@@ -42,7 +44,7 @@ ENVIRONMENT = {
 def run(
     experiment: Experiment | str | Path,
     *overrides: str,
-    engine: str = "cohort",
+    engine: str = "sequential",
     resume: bool = False,
     overwrite: bool = False,
     threads: int = 1,
@@ -52,7 +54,7 @@ def run(
     Args:
         experiment: an experiment or a recipe's path.
         overrides: `key=value`, for a recipe's path.
-        engine: cohort, sequential, ray, or the name of a SuperLink connection.
+        engine: sequential, batched, ray, or the name of a SuperLink connection.
         resume: take a finished run as it is instead of refusing it.
         overwrite: delete the run's folder first.
         threads: torch threads of each process; another number may change the last bits.
@@ -80,8 +82,8 @@ def run(
     _require_run_folder(folder)
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
-    if engine in ("cohort", "sequential"):
-        _in_process(experiment, threads)
+    if engine in ("sequential", "batched"):
+        _in_process(experiment, threads, engine == "batched")
     else:
         from fedtune import flower
 
@@ -144,14 +146,14 @@ def clear(folder: Path) -> None:
         raise RecipeError(f"{folder} is in use by another process.") from error
 
 
-def _in_process(experiment: Experiment, threads: int) -> None:
+def _in_process(experiment: Experiment, threads: int, batched: bool) -> None:
     references = parts.reference_names(experiment)
     second = None
     if references and (os.cpu_count() or 1) > 1 and not torch.cuda.is_available():
-        second = _Worker(experiment, references, threads)
+        second = _Worker(experiment, references, threads, batched)
         references = []
     try:
-        execute(experiment, ["", *references], threads)
+        execute(experiment, ["", *references], threads, batched)
         if second:
             second.wait()
     finally:
@@ -159,28 +161,35 @@ def _in_process(experiment: Experiment, threads: int) -> None:
             second.stop()
 
 
-def execute(experiment: Experiment, arms: Sequence[str], threads: int) -> None:
+def execute(experiment: Experiment, arms: Sequence[str], threads: int, batched: bool) -> None:
     """Run arms of an experiment one after another in this process."""
     from clients.app import app as client_app
     from clients.cohort import CohortGrid
     from server.app import app as server_app
 
     torch.set_num_threads(threads)
-    grid = CohortGrid(client_app, experiment.flat())
+    grid = CohortGrid(client_app, experiment.flat(), batched=batched)
     server_app(grid, grid.server_context({"arms": ",".join(arms)}))
 
 
 class _Worker:
     """A second process that runs the references; it dies with this one."""
 
-    def __init__(self, experiment: Experiment, arms: Sequence[str], threads: int) -> None:
+    def __init__(
+        self, experiment: Experiment, arms: Sequence[str], threads: int, batched: bool
+    ) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "fedtune.launch"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        order = {"experiment": experiment.flat(), "arms": list(arms), "threads": threads}
+        order = {
+            "experiment": experiment.flat(),
+            "arms": list(arms),
+            "threads": threads,
+            "batched": batched,
+        }
         assert self.process.stdin
         self.process.stdin.write(json.dumps(order) + "\n")
         self.process.stdin.flush()
@@ -241,7 +250,8 @@ def _work() -> None:
     log.addHandler(_JsonHandler())
     log.propagate = False
     try:
-        execute(Experiment.from_flat(order["experiment"]), order["arms"], order["threads"])
+        experiment = Experiment.from_flat(order["experiment"])
+        execute(experiment, order["arms"], order["threads"], order["batched"])
     except FedTuneError as error:
         failure = {"failure": str(error), "kind": type(error).__name__}
         sys.stdout.write(json.dumps(failure) + "\n")

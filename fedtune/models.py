@@ -217,6 +217,15 @@ def _on_cpu(part: LoraLayer) -> Iterator[None]:
         factor.to(device)
 
 
+def lora_layers(model: Model) -> list[tuple[str, LoraLayer]]:
+    """The adapted layers with the part of their tensors' names before `.lora_A.weight`."""
+    return [
+        (path, part)
+        for path, part in model.module.named_modules()
+        if isinstance(part, LoraLayer) and "default" in part.r
+    ]
+
+
 def read(model: Model) -> State:
     """A copy of the adapter and head, on the CPU."""
     return {

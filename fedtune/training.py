@@ -121,8 +121,8 @@ def train(
             optimizer.param_groups[0]["lr"] = rate
             on_device = {k: v.to(model.device) for k, v in task.collate(batch, model.pad).items()}
             with model.autocast():
-                losses, metrics = task.losses(model.module, on_device)
-            loss = losses.mean()
+                scores = task.scores(model.module, on_device)
+            loss = scores["loss"].mean()
             if not torch.isfinite(loss):
                 raise FloatingPointError(f"the training loss became {loss.item()}")
             loss.backward()  # type: ignore[no-untyped-call]
@@ -134,7 +134,7 @@ def train(
                 torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            sums.append(metrics)
+            sums.append(task.sums(scores, model.labels))
     return models.read(model), merge(sums)
 
 
@@ -154,10 +154,10 @@ def evaluate(
         for start in range(0, len(ordered), batch_size):
             batch = task.collate(ordered[start : start + batch_size], model.pad)
             with model.autocast():
-                _, metrics = task.losses(
+                scores = task.scores(
                     model.module, {k: v.to(model.device) for k, v in batch.items()}
                 )
-            sums.append(metrics)
+            sums.append(task.sums(scores, model.labels))
     return merge(sums)
 
 

@@ -16,7 +16,7 @@ LAYERS = [
     {"shards"},
     {"bases", "heads", "models", "wire", "parts"},
     {"training", "report"},
-    {"exporting", "page", "page_template", "planning", "progress", "tables"},
+    {"vectorized", "exporting", "page", "page_template", "planning", "progress", "tables"},
     {"flower", "launch"},
     {"cli"},
 ]

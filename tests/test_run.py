@@ -299,3 +299,42 @@ def test_every_node_must_agree_with_the_recipe_before_anything_is_loaded(tiny: E
     with pytest.raises(RecipeError, match=r"no column 'speaker'.*text, label, client"):
         play(tiny.replace(data__partition="by_column(column='speaker')"))
     assert not (parts.folder_of(tiny) / "experiment.toml").exists()
+
+
+def test_the_batched_engine_gives_the_same_run(tiny: Experiment) -> None:
+    """Unequal clients; personal models too."""
+    for strategy in ("fedit", "local_only"):
+        folders = []
+        for batched in (False, True):
+            e = tiny.replace(
+                name=f"{strategy}-{batched}".lower(), strategy=strategy, model__dtype="float64"
+            )
+            grid = CohortGrid(client_app, e.flat(), batched=batched)
+            server_app(grid, grid.server_context({"arms": ""}))
+            folders.append(parts.folder_of(e))
+        files = [sorted(f.rglob("*.safetensors")) for f in folders]
+        assert len(files[0]) == len(files[1]) > 0
+        for one, other in zip(*files, strict=True):
+            first, second = load_file(one), load_file(other)
+            assert first.keys() == second.keys()
+            for name in first:
+                torch.testing.assert_close(first[name], second[name], rtol=1e-8, atol=1e-10)
+
+
+def test_a_failing_client_of_the_batched_engine_is_set_aside(
+    tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from clients.client import Client
+
+    whole = Client.prepare
+
+    def failing(self: Client, address, received):  # type: ignore[no-untyped-def]
+        if (self.shard.name, address.round) == ("south", 2):
+            raise FloatingPointError("no luck")
+        return whole(self, address, received)
+
+    monkeypatch.setattr(Client, "prepare", failing)
+    grid = CohortGrid(client_app, tiny.flat(), batched=True)
+    server_app(grid, grid.server_context({"arms": ""}))
+    rejected = [r["rejected"] for r in records(parts.folder_of(tiny))]
+    assert [len(r) for r in rejected] == [0, 0, 1, 0]  # type: ignore[arg-type]

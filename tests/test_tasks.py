@@ -128,7 +128,8 @@ def test_the_loss_of_a_row_is_the_mean_over_its_own_tokens() -> None:
         {"input_ids": [1, 9, 2], "labels": [IGNORED, IGNORED, 2]},
     ]
     task = CausalLM()
-    losses, sums = task.losses(model, task.collate(examples, 0))
+    scores = task.scores(model, task.collate(examples, 0))
+    losses, sums = scores["loss"], task.sums(scores, ())
     for example, loss in zip(examples, losses, strict=True):
         alone = task.collate([example], 0)
         assert loss.item() == pytest.approx(model(**alone).loss.item(), rel=1e-5)
@@ -149,7 +150,8 @@ def test_classification_sums_by_hand() -> None:
 
     task = Classification()
     batch = task.collate([{"input_ids": [1, 2], "label": [k]} for k in (0, 1, 2)], 0)
-    losses, sums = task.losses(Fixed(), batch)
+    scores = task.scores(Fixed(), batch)
+    losses, sums = scores["loss"], task.sums(scores, ("a", "b", "c"))
     assert sums["accuracy"] == [2, 3]
     assert {k: len(v) for k, v in sums.items()} == task.metrics(("a", "b", "c"))
     assert (sums["true_positive"], sums["predicted"], sums["actual"]) == (

@@ -15,12 +15,12 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F  # noqa: N812
 from datasets import Dataset
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from fedtune.errors import RecipeError
 from fedtune.records import Sums
-from fedtune.tasks.task import Base, Batch, Example, Task, mask_of, pad_right, texts
+from fedtune.tasks.task import Base, Batch, Example, Scores, Task, mask_of, pad_right, texts
 
 IGNORED = -100
 INSTRUCTION = "### Instruction:\n{instruction}\n\n### Response:\n"
@@ -81,21 +81,31 @@ class CausalLM(Task):
     def metrics(self, labels: Sequence[str]) -> dict[str, int]:
         return {"loss": 2, "token_accuracy": 2}
 
-    def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
-        """The mean negative log-likelihood of each row's learnt tokens, in nats."""
+    def scores(self, model: nn.Module, batch: Batch) -> Scores:
+        """The loss is the mean negative log-likelihood of a row's learnt tokens, in nats."""
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         rows, positions = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
         targets = batch["labels"][rows, positions + 1]
         logits = logits[rows, positions]
         logits = logits if logits.dtype == torch.float64 else logits.float()
         nll = F.cross_entropy(logits, targets, reduction="none")
-        correct = (logits.detach().argmax(-1) == targets).sum()
-        counts = torch.bincount(rows, minlength=len(batch["labels"]))
-        losses = torch.zeros(len(counts), dtype=nll.dtype, device=nll.device)
-        losses = losses.index_add(0, rows, nll) / counts.clamp(min=1)
-        return losses, {
-            "loss": [float(nll.detach().double().sum()), float(len(rows))],
-            "token_accuracy": [float(correct), float(len(rows))],
+        right = logits.detach().argmax(-1) == targets
+        count = len(batch["labels"])
+        zeros = torch.zeros(count, dtype=torch.float64, device=nll.device)
+        total = zeros.to(nll.dtype).index_add(0, rows, nll)
+        tokens = rows.bincount(minlength=count)
+        return {
+            "loss": total / tokens.clamp(min=1),
+            "nll": zeros.index_add(0, rows, nll.detach().double()),
+            "tokens": tokens,
+            "right": rows[right].bincount(minlength=count),
+        }
+
+    def sums(self, scores: Scores, labels: Sequence[str]) -> Sums:
+        tokens = float(scores["tokens"].sum())
+        return {
+            "loss": [float(scores["nll"].sum()), tokens],
+            "token_accuracy": [float(scores["right"].sum()), tokens],
         }
 
 

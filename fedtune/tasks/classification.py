@@ -26,7 +26,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from fedtune.errors import RecipeError
 from fedtune.records import Sums
-from fedtune.tasks.task import Base, Batch, Example, Task, mask_of, pad_right, texts
+from fedtune.tasks.task import Base, Batch, Example, Scores, Task, mask_of, pad_right, texts
 
 NORM = 16.0  # of a pooled sentence; a unit vector leaves the softmax nearly flat
 SENTENCE_ENCODER_FILES = ("modules.json", "sentence_bert_config.json", "1_Pooling")
@@ -189,20 +189,23 @@ class Classification(Task):
         classes = dict.fromkeys(("true_positive", "predicted", "actual"), len(labels))
         return {"loss": 2, "accuracy": 2, **classes}
 
-    def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
+    def scores(self, model: nn.Module, batch: Batch) -> Scores:
         output = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
         logits, labels = output.logits, batch["labels"]
         # Half precision is too coarse for a log-softmax; float64 stays itself.
         logits = logits if logits.dtype == torch.float64 else logits.float()
-        losses = F.cross_entropy(logits, labels, reduction="none")
-        predicted, classes = logits.detach().argmax(-1), logits.shape[-1]
-        right = predicted[predicted == labels]
-        return losses, {
-            "loss": [float(losses.detach().double().sum()), float(len(labels))],
-            "accuracy": [float(len(right)), float(len(labels))],
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        return {"loss": loss, "predicted": logits.detach().argmax(-1), "actual": labels}
+
+    def sums(self, scores: Scores, labels: Sequence[str]) -> Sums:
+        predicted, actual, classes = scores["predicted"], scores["actual"], len(labels)
+        right = predicted[predicted == actual]
+        return {
+            "loss": [float(scores["loss"].detach().double().sum()), float(len(actual))],
+            "accuracy": [float(len(right)), float(len(actual))],
             "true_positive": right.bincount(minlength=classes).tolist(),
             "predicted": predicted.bincount(minlength=classes).tolist(),
-            "actual": labels.bincount(minlength=classes).tolist(),
+            "actual": actual.bincount(minlength=classes).tolist(),
         }
 
 

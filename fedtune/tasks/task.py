@@ -21,6 +21,7 @@ from fedtune.errors import RecipeError
 from fedtune.records import Sums
 
 Example: TypeAlias = dict[str, list[int]]
+Scores: TypeAlias = dict[str, Tensor]
 Batch: TypeAlias = dict[str, Tensor]
 
 
@@ -99,11 +100,18 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, labels: Sequence[str]) -> dict[str, int]:
-        """Each metric that `losses` adds up, and of how many numbers it consists."""
+        """Each metric that `sums` adds up, and of how many numbers it consists."""
 
     @abstractmethod
-    def losses(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Sums]:
-        """One loss an example, shape (batch,) in float32, and the sums of the task's metrics."""
+    def scores(self, model: nn.Module, batch: Batch) -> Scores:
+        """What `sums` needs of each row, every tensor of shape (batch,).
+
+        "loss" is what is minimised, in float32 or float64, with its gradient.
+        """
+
+    @abstractmethod
+    def sums(self, scores: Scores, labels: Sequence[str]) -> Sums:
+        """The metrics of some rows, which add up over batches and clients; see `metrics`."""
 
     def prompts(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase
