@@ -1,0 +1,53 @@
+"""A whole run whose clients are trained together is the run whose clients are trained in turn."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from clients.app import app as client_app
+from clients.client import Client, Job
+from clients.cohort import CohortGrid
+from fedtune import parts
+from fedtune.adapter import State
+from fedtune.config import Experiment
+from fedtune.wire import Address
+from server.app import app as server_app
+
+
+def test_the_batched_engine_gives_the_same_run(tiny: Experiment) -> None:
+    """Unequal clients; personal models too."""
+    for strategy in ("fedit", "local_only"):
+        folders = []
+        for batched in (False, True):
+            e = tiny.replace(
+                name=f"{strategy}-{batched}".lower(), strategy=strategy, model__dtype="float64"
+            )
+            grid = CohortGrid(client_app, e.flat(), batched=batched)
+            server_app(grid, grid.server_context({"arms": ""}))
+            folders.append(parts.folder_of(e))
+        files = [sorted(f.rglob("*.safetensors")) for f in folders]
+        assert len(files[0]) == len(files[1]) > 0
+        for one, other in zip(*files, strict=True):
+            first, second = load_file(one), load_file(other)
+            assert first.keys() == second.keys()
+            for name in first:
+                torch.testing.assert_close(first[name], second[name], rtol=1e-8, atol=1e-10)
+
+
+def test_a_failing_client_of_the_batched_engine_is_set_aside(
+    tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Client.prepare
+
+    def failing(self: Client, address: Address, received: State) -> Job:
+        if (self.shard.name, address.round) == ("south", 2):
+            raise FloatingPointError("no luck")
+        return whole(self, address, received)
+
+    monkeypatch.setattr(Client, "prepare", failing)
+    grid = CohortGrid(client_app, tiny.flat(), batched=True)
+    server_app(grid, grid.server_context({"arms": ""}))
+    lines = (parts.folder_of(tiny) / "rounds.jsonl").read_text().splitlines()
+    assert [len(json.loads(line)["rejected"]) for line in lines] == [0, 0, 1, 0]
