@@ -5,6 +5,7 @@ machine, for debugging and for tests. Messages are answered one after another, o
 trained together (`batched`), which is the same computation.
 """
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from uuid import uuid4
 
@@ -19,6 +20,7 @@ from clients.client import Client, Job
 from fedtune import vectorized
 from fedtune.vectorized import Outcome
 
+log = logging.getLogger("fedtune")
 NODE = 1000
 RUN = 1
 TOGETHER = 4  # clients trained at once; more won nothing on a CPU and cost memory
@@ -59,15 +61,6 @@ def _identified(reply: Message) -> Message:
     return reply
 
 
-def _trained(opened: Sequence[tuple[Message, Client, Job]]) -> list[Outcome]:
-    """The outcome of each job; all clients of a run share model, task and settings."""
-    if not opened:
-        return []
-    first = opened[0][1]
-    jobs = [(job.plan, job.work) for _, _, job in opened]
-    return vectorized.train(first.model, first.parts.task, jobs, first.experiment.train)
-
-
 class CohortGrid(Grid):
     """One node that hosts every client.
 
@@ -91,6 +84,7 @@ class CohortGrid(Grid):
         node_config: dict[str, bool | int | float | str] = {"partition-id": 0, "num-partitions": 1}
         self._context = Context(RUN, NODE, node_config, RecordDict(), dict(run_config))
         self._replies: dict[str, Message] = {}
+        self._told: set[str] = set()  # reasons not to train together, each said once
 
     def server_context(self, node_config: Mapping[str, bool | int | float | str]) -> Context:
         """What the ServerApp of this grid is called with."""
@@ -136,7 +130,7 @@ class CohortGrid(Grid):
                     opened.append((message, *app.opened(message, self._context)))
                 except Exception as error:
                     yield _identified(_failed(message, error))
-            for (message, client, job), outcome in zip(opened, _trained(opened), strict=True):
+            for (message, client, job), outcome in zip(opened, self._trained(opened), strict=True):
                 try:
                     if isinstance(outcome, Exception):
                         raise outcome
@@ -144,6 +138,19 @@ class CohortGrid(Grid):
                 except Exception as error:
                     reply = _failed(message, error)
                 yield _identified(reply)
+
+    def _trained(self, opened: Sequence[tuple[Message, Client, Job]]) -> list[Outcome]:
+        """The outcome of each job; all clients of a run share model, task and settings."""
+        if not opened:
+            return []
+        first = opened[0][1]
+        model, settings = first.model, first.experiment.train
+        jobs = [(job.plan, job.work) for _, _, job in opened]
+        reason = vectorized.obstacle(model, settings, jobs)
+        if reason and reason not in self._told:
+            self._told.add(reason)
+            log.warning("clients are trained one after another: %s", reason)
+        return vectorized.train(model, first.parts.task, jobs, settings)
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         ids = []

@@ -51,3 +51,14 @@ def test_a_failing_client_of_the_batched_engine_is_set_aside(
     server_app(grid, grid.server_context({"arms": ""}))
     lines = (parts.folder_of(tiny) / "rounds.jsonl").read_text().splitlines()
     assert [len(json.loads(line)["rejected"]) for line in lines] == [0, 0, 1, 0]
+
+
+def test_what_cannot_be_trained_together_is_said_once(
+    tiny: Experiment, caplog: pytest.LogCaptureFixture
+) -> None:
+    with_dropout = tiny.replace(adapter__dropout=0.1)
+    grid = CohortGrid(client_app, with_dropout.flat(), batched=True)
+    server_app(grid, grid.server_context({"arms": ""}))
+    told = [r for r in caplog.records if "one after another" in r.getMessage()]
+    assert len(told) == 1
+    assert "adapter.dropout" in told[0].getMessage()
