@@ -17,6 +17,10 @@ class Cohort(ABC):
     def draw(self, population: Sequence[str], round: int, seed: int) -> list[str]:
         """The names of the round's clients, sorted; it may be empty under Poisson sampling."""
 
+    def most(self, population: int) -> int:
+        """How many clients a round can have, of a population of so many."""
+        return population
+
 
 @dataclass(frozen=True)
 class All(Cohort):
@@ -36,6 +40,9 @@ class Fixed(Cohort):
         """Refuse an empty cohort."""
         if self.size < 1:
             raise ValueError("size must be at least 1")
+
+    def most(self, population: int) -> int:
+        return min(self.size, population)
 
     def draw(self, population: Sequence[str], round: int, seed: int) -> list[str]:
         if self.size > len(population):

@@ -32,7 +32,7 @@ def split_call(text: str, kind: str) -> tuple[str, dict[str, Any]]:
     shape = f"{kind} = {text!r} is not of the form name or name(field=value, ...)"
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise RecipeError(f"{shape}.") from error
     if isinstance(tree, ast.Name):
         return tree.id, {}
@@ -46,7 +46,7 @@ def split_call(text: str, kind: str) -> tuple[str, dict[str, Any]]:
             raise RecipeError(f"{shape}.")
         try:
             arguments[keyword.arg] = ast.literal_eval(keyword.value)
-        except ValueError as error:
+        except (ValueError, TypeError, RecursionError, MemoryError) as error:
             raise RecipeError(f"{shape}: the value of '{keyword.arg}' is no literal.") from error
     return tree.func.id, arguments
 

@@ -136,11 +136,11 @@ class Experiment:
         path = Path(path)
         try:
             text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:
             raise RecipeError(f"Cannot read the recipe {path}: {error}.") from error
         try:
             flat = flatten(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise RecipeError(f"{path} is no valid TOML: {error}.") from error
         flat |= dict(parse_override(item) for item in overrides)
         if not flat.get("name"):
@@ -246,6 +246,7 @@ _RANGES: list[tuple[str, Any, str]] = [
         lambda v: v and not NAME.fullmatch(v),
         "letters a-z, digits, '.', '_' or '-', at most 64",
     ),
+    ("output", lambda v: not v or "\0" in v, "a folder"),
     ("seed", _outside(0, 2**53), "between 0 and 2^53"),
     ("rounds", _outside(1), "at least 1"),
     ("weighting", _not_in("examples", "uniform"), "'examples' or 'uniform'"),
@@ -272,8 +273,8 @@ _RANGES: list[tuple[str, Any, str]] = [
     ("train.batch_size", _outside(1), "at least 1"),
     ("train.weight_decay", _outside(0, 1), "between 0 and 1"),
     ("train.schedule", _not_in("constant", "linear", "cosine"), "'constant', 'linear' or 'cosine'"),
-    ("train.max_grad_norm", _outside(0), "at least 0"),
-    ("train.proximal", _outside(0), "at least 0"),
+    ("train.max_grad_norm", lambda v: not 0 <= v < math.inf, "at least 0 and finite"),
+    ("train.proximal", lambda v: not 0 <= v < math.inf, "at least 0 and finite"),
     ("evaluation.every", _outside(1), "at least 1"),
     ("evaluation.batch_size", _outside(1), "at least 1"),
     ("evaluation.samples", _outside(0), "at least 0"),

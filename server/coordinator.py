@@ -18,7 +18,7 @@ from flwr.serverapp import Grid
 from fedtune import adapter, models, parts, wire
 from fedtune.adapter import Adapter, State
 from fedtune.config import Experiment
-from fedtune.errors import RunError
+from fedtune.errors import RecipeError, RunError
 from fedtune.heads import HeadRule
 from fedtune.records import Rejection, RoundRecord, Sums
 from fedtune.strategies.strategy import ClientInfo, Update
@@ -74,6 +74,7 @@ class Coordinator:
         self.roster = roster.ask(self.grid, self.arm, e.coordinator)
         for reason in self.roster.refusals:
             log.warning("a node does not take part: %s", reason)
+        self._require_quorum()
         self._say("roster", f"{len(self.roster.members)} clients", rounds=e.rounds)
         self.metrics = self.parts.task.metrics(self.roster.labels)
         model = models.load(self.parts.task, e.model, e.adapter, self.roster.labels, e.seed)
@@ -85,6 +86,21 @@ class Coordinator:
         for round in range(start.round + 1, e.rounds + 1):
             server = self._round(server, round)
         self._finish(server)
+
+    def _require_quorum(self) -> None:
+        """Refuse what could only fail after the first round was trained."""
+        members, needed = self.roster.members, self.experiment.coordinator.minimum_replies
+        drawn = self.parts.cohort.most(len(members))
+        if needed > drawn:
+            raise RecipeError(
+                f"coordinator.minimum_replies = {needed}, but a round asks {drawn} clients at "
+                "most. Lower it, or ask more."
+            )
+        if not any(member.test_examples for member in members.values()):
+            raise RecipeError(
+                "No client has test rows, so nothing could be reported. Give the source a test "
+                "file, or set data.test_fraction above 0."
+            )
 
     def _begin(self) -> Checkpoint:
         """Commit round 0: the state before training, and how good the untuned model is."""

@@ -132,6 +132,8 @@ def test_list_knows_every_part(fedtune) -> None:  # type: ignore
         ),
         ("data.source=jsonl(train='none.jsonl')", "none.jsonl"),
         ("evaluation.samples=2", "needs a task that generates"),
+        ("coordinator.minimum_replies=4", "but a round asks 3 clients at most"),
+        ("train.proximal=inf", "at least 0 and finite"),
         ("model.max_length=129", "knows 128 positions"),
         ("references=local_only,local_only", "names 'local_only' twice"),
         ("references=fedit", "names 'fedit' which is the recipe's own strategy"),

@@ -100,3 +100,23 @@ def test_a_missing_or_broken_recipe_is_an_error(tmp_path: Path) -> None:
     broken.write_bytes(b"name = '\xff'")
     with pytest.raises(RecipeError, match="Cannot read the recipe"):
         Experiment.load(broken)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["x = " + "[" * 5000, 'task = "' + "(" * 3000 + '"', 'task = "f(x=' + "-" * 9000 + '1)"'],
+)
+def test_a_recipe_nested_without_end_is_an_error(tmp_path: Path, text: str) -> None:
+    from fedtune import parts
+
+    path = tmp_path / "deep.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RecipeError):
+        parts.resolve(Experiment.load(path))
+
+
+def test_a_path_that_cannot_be_is_an_error() -> None:
+    with pytest.raises(RecipeError, match="must be a folder"):
+        Experiment().replace(output="a\0b")
+    with pytest.raises(RecipeError, match="Cannot read the recipe"):
+        Experiment.load("a\0b.toml")

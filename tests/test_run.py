@@ -299,3 +299,12 @@ def test_every_node_must_agree_with_the_recipe_before_anything_is_loaded(tiny: E
     with pytest.raises(RecipeError, match=r"no column 'speaker'.*text, label, client"):
         play(tiny.replace(data__partition="by_column(column='speaker')"))
     assert not (parts.folder_of(tiny) / "experiment.toml").exists()
+
+
+def test_a_run_without_test_rows_is_refused_before_it_trains(
+    tiny: Experiment, three_clients: Path
+) -> None:
+    source = f"jsonl(train='{three_clients}/train.jsonl')"
+    with pytest.raises(RecipeError, match="No client has test rows"):
+        play(tiny.replace(data__source=source, data__test_fraction=0.0))
+    assert not (parts.folder_of(tiny) / "rounds.jsonl").exists()

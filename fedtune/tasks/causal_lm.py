@@ -134,6 +134,11 @@ class Instruction(CausalLM):
     ) -> list[tuple[str, str, str]]:
         """(prompt, prompt and answer, answer) of each row; chat templates end the answer."""
         questions, answers = texts(rows, self.instruction), texts(rows, self.output)
+        if self.input != "input" and self.input not in rows.column_names:
+            have = ", ".join(rows.column_names)
+            raise RecipeError(
+                f"The rows have no column '{self.input}'; they have {have}. Set input in task."
+            )
         inputs = rows[self.input] if self.input in rows.column_names else [""] * len(rows)
         written = []
         for question, extra, answer in zip(questions, inputs, answers, strict=True):
