@@ -6,23 +6,23 @@ trains its own.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from datasets import Dataset
-
 from clients import personal
 from clients.policy import OPEN, Policy
+from clients.rows import Rows
 from fedtune import models, parts, shards, training
 from fedtune.adapter import State
-from fedtune.config import DataSettings, Experiment
+from fedtune.config import DataSettings, Experiment, ModelSettings
 from fedtune.errors import RecipeError
 from fedtune.heads import HeadRule
 from fedtune.models import Model
 from fedtune.records import Sums
 from fedtune.shards import Shard
 from fedtune.strategies.strategy import Plan, Turn
-from fedtune.tasks.task import Example
+from fedtune.tasks.task import Example, Task
 from fedtune.training import Work
 from fedtune.wire import Address
 
@@ -48,6 +48,8 @@ class Client:
         shard: its rows.
         labels: the classes of the head.
         state: the folder of what it keeps to itself.
+        rows: of all clients in this process, which are encoded together.
+        number: of its own shard among them, None for all.
         policy: what it lets out.
         everybody: in a simulation, the client that would hold the rows of all.
     """
@@ -56,6 +58,8 @@ class Client:
     shard: Shard
     labels: tuple[str, ...]
     state: Path
+    rows: Rows
+    number: int | None
     policy: Policy = OPEN
     everybody: "Client | None" = None
 
@@ -70,22 +74,15 @@ class Client:
         e = self.experiment
         return models.load(self.parts.task, e.model, e.adapter, self.labels, e.seed)
 
-    @functools.cached_property
-    def examples(self) -> list[Example]:
+    @property
+    def examples(self) -> Sequence[Example]:
         """Its encoded training rows."""
-        return self._encoded(self.shard.train, "train")
+        return self.rows.examples("train", self.number, self.model)
 
-    @functools.cached_property
-    def tests(self) -> list[Example]:
+    @property
+    def tests(self) -> Sequence[Example]:
         """Its encoded test rows."""
-        return self._encoded(self.shard.test, "test")
-
-    def _encoded(self, rows: Dataset, split: str) -> list[Example]:
-        limit, model = self.experiment.model.max_length, self.model
-        try:
-            return self.parts.task.encode(rows, model.tokenizer, self.labels, limit)
-        except RecipeError as error:
-            raise RecipeError(f"{split} rows of client '{self.shard.name}': {error}") from error
+        return self.rows.examples("test", self.number, self.model)
 
     def require_rows(self) -> None:
         """Encode every row now, so that a faulty one is told before the first round.
@@ -165,6 +162,12 @@ def _held(data: DataSettings, seed: int) -> list[Shard]:
     return shards.load(data, seed)
 
 
+@functools.lru_cache(maxsize=1)
+def _rows(data: DataSettings, seed: int, task: Task, model: ModelSettings) -> Rows:
+    """One object for all arms of a run."""
+    return Rows(tuple(_held(data, seed)), task, model)
+
+
 @functools.lru_cache(maxsize=2)
 def simulated(experiment: Experiment) -> dict[str, Client]:
     """All clients of a simulation by name.
@@ -173,16 +176,17 @@ def simulated(experiment: Experiment) -> dict[str, Client]:
         RecipeError: the rows or their partition are not as the recipe says.
     """
     resolved = parts.resolve(experiment)
-    held = _held(experiment.data, experiment.seed)
-    everything = shards.pooled(held)
+    e = experiment
+    rows = _rows(e.data, e.seed, resolved.task, e.model)
+    everything = shards.pooled(rows.shards)
     labels = resolved.task.labels(everything.train)
-    root = parts.folder_of(experiment) / "clients"
-    everybody = Client(experiment, everything, labels, root / everything.name)
+    root = parts.folder_of(e) / "clients"
+    everybody = Client(e, everything, labels, root / everything.name, rows, None)
     if resolved.strategy.pools:
         return {everything.name: everybody}
     return {
-        shard.name: Client(experiment, shard, labels, root / shard.name, OPEN, everybody)
-        for shard in held
+        shard.name: Client(e, shard, labels, root / shard.name, rows, number, OPEN, everybody)
+        for number, shard in enumerate(rows.shards)
     }
 
 
@@ -214,4 +218,5 @@ def institution(
     )
     labels = resolved.task.labels(None)
     root = Path(str(node.get("state", Path.home() / ".fedtune"))) / name / run_id
-    return Client(experiment, shard, labels, root / experiment.strategy, policy)
+    rows = Rows((shard,), resolved.task, experiment.model)
+    return Client(experiment, shard, labels, root / experiment.strategy, rows, 0, policy)

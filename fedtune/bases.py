@@ -4,14 +4,18 @@ A name that leads nowhere becomes advice here, with the name and the ways to run
 """
 
 import contextlib
+import hashlib
 import importlib.util
+import json
 import os
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import tokenizers
 import torch
+import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -106,6 +110,33 @@ def tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     if loaded.pad_token_id is None:
         loaded.pad_token = loaded.eos_token or loaded.unk_token
     return loaded
+
+
+def fingerprint(words: PreTrainedTokenizerBase) -> str:
+    """A digest of everything that decides a tokenizer's output; "" where it cannot be written down.
+
+    Written down whole are the tokenizers of the `tokenizers` library; those in Python may hold
+    anything.
+    """
+    backend = getattr(words, "backend_tokenizer", None)
+    if backend is None:
+        return ""
+    # The last call's settings, which each call makes anew, are no part of the tokenizer.
+    backend.no_truncation()
+    backend.no_padding()
+    decides = [
+        transformers.__version__,
+        tokenizers.__version__,
+        type(words).__qualname__,
+        backend.to_str(),
+        words.chat_template,
+        words.special_tokens_map,
+        words.eos_token_id,
+        words.truncation_side,
+        words.model_input_names,
+        sorted((k, str(v)) for k, v in words.init_kwargs.items() if k != "name_or_path"),
+    ]
+    return hashlib.sha256(json.dumps(decides, default=str).encode()).hexdigest()
 
 
 def multiplied(task: Task, settings: ModelSettings, labels: Sequence[str]) -> int:

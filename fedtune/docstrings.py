@@ -9,7 +9,6 @@ import ast
 import functools
 import hashlib
 import json
-import os
 import re
 import tempfile
 import warnings
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
 
+from fedtune.cache import cache_folder
 from fedtune.components import nearest
 from fedtune.errors import RecipeError
 from fedtune.seeds import seed_of
@@ -148,11 +148,6 @@ def harvest(
         for row in own:
             rows.setdefault(row["text"], row)
     return list(rows.values())
-
-
-def cache_folder() -> Path:
-    """FEDTUNE_CACHE, or ~/.cache/fedtune."""
-    return Path(os.environ.get("FEDTUNE_CACHE") or Path.home() / ".cache" / "fedtune").absolute()
 
 
 def cached(packages: Sequence[str], kind: str, largest: int, limit: int) -> Path:

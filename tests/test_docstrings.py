@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedtune import docstrings
+from fedtune.cache import cache_folder
 from fedtune.data import Docstrings
 from fedtune.errors import RecipeError
 
@@ -133,7 +134,7 @@ def test_limit_keeps_a_part_of_each_package_and_always_the_same(site: Path) -> N
     rows = Docstrings(packages="alpha-kit", limit=2).load().train.to_list()
     assert len(rows) == 2
     assert all(row in whole for row in rows)
-    for file in docstrings.cache_folder().iterdir():
+    for file in cache_folder().iterdir():
         file.unlink()
     assert Docstrings(packages="alpha-kit", limit=2).load().train.to_list() == rows
 
@@ -148,7 +149,7 @@ def test_cache_is_used_until_a_version_or_parameter_changes(site: Path) -> None:
     metadata.write_text(metadata.read_text().replace("1.0", "1.1"))
     rows = Docstrings(packages="beta").load().train
     assert list(rows["text"]) == ["Another text, but of the same version."]
-    names = sorted(file.suffix for file in docstrings.cache_folder().iterdir())
+    names = sorted(file.suffix for file in cache_folder().iterdir())
     assert names == [".jsonl"] * 3  # and no half-written file
 
 

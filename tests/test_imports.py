@@ -8,12 +8,12 @@ SOURCES = sorted(p for top in ("fedtune", "clients", "server") for p in (ROOT / 
 # Who may be imported by whom: a module imports only from layers before its own.
 LAYERS = [
     {"errors"},
-    {"adapter", "components", "records", "seeds"},
+    {"adapter", "cache", "components", "records", "seeds"},
     {"config"},
     {"combine", "corpus", "docstrings", "files"},
     {"dealing"},
     {"cohorts", "data", "partitions", "strategies", "tasks"},
-    {"shards"},
+    {"shards", "tokens"},
     {"bases", "heads", "models", "wire", "parts"},
     {"training", "report"},
     {"vectorized", "exporting", "page", "page_template", "planning", "progress", "tables"},

@@ -6,12 +6,15 @@ of numbers that add up exactly over batches and clients, e.g. "accuracy": [corre
 report turns them into ratios.
 """
 
+import inspect
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeAlias
 
+import numpy as np
 import torch
 from datasets import Dataset
 from torch import Tensor, nn
@@ -113,6 +116,19 @@ class Task(ABC):
     def sums(self, scores: Scores, labels: Sequence[str]) -> Sums:
         """The metrics of some rows, which add up over batches and clients; see `metrics`."""
 
+    def identity(self) -> str:
+        """What decides the examples that `encode` makes, beside its arguments.
+
+        The parameters and the source itself: who improves `encode` need not think of what was kept.
+        "" where there is no source to read.
+        """
+        kinds = [kind for kind in type(self).__mro__ if issubclass(kind, Task)]
+        try:
+            sources = sorted({inspect.getsource(sys.modules[kind.__module__]) for kind in kinds})
+        except OSError:
+            return ""
+        return "\n".join([repr(self), *sources])
+
     def prompts(
         self, rows: Dataset, tokenizer: PreTrainedTokenizerBase
     ) -> list[tuple[list[int], str, str]]:
@@ -122,13 +138,16 @@ class Task(ABC):
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """A (rows, longest) int64 tensor, filled up with `value`."""
-    longest = max(len(row) for row in rows)
-    return torch.tensor([[*row, *[value] * (longest - len(row))] for row in rows])
+    padded = np.full((len(rows), max(map(len, rows))), value, dtype=np.int64)
+    for line, row in zip(padded, rows, strict=True):
+        line[: len(row)] = row
+    return torch.from_numpy(padded)
 
 
 def mask_of(rows: Sequence[Sequence[int]]) -> Tensor:
     """The attention mask of `pad_right`, 1 where a row has a token."""
-    return pad_right([[1] * len(row) for row in rows], 0)
+    lengths = np.array([len(row) for row in rows])
+    return torch.from_numpy((np.arange(lengths.max()) < lengths[:, None]).astype(np.int64))
 
 
 def texts(rows: Dataset, column: str) -> list[str]:
