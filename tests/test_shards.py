@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
+from flwr_datasets.partitioner import IidPartitioner, NaturalIdPartitioner
 from hypothesis import assume, given
 from hypothesis import settings as limits
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from fedtune import shards
 from fedtune.components import build
 from fedtune.config import DataSettings
 from fedtune.errors import RecipeError
-from fedtune.partitions import PARTITIONS, Held, Partition
+from fedtune.partitions import PARTITIONS, Held, Partition, _divided
 from fedtune.shards import Shard
 
 COUNTED = {
@@ -99,6 +100,18 @@ def test_by_column_keeps_the_largest_and_all_of_their_rows(owners: list[str], la
 def test_another_seed_is_another_division(text: str) -> None:
     rows = labelled([i % 4 for i in range(80)])
     assert part(text).split(rows, 4, 1, 0) != part(text).split(rows, 4, 1, 1)
+
+
+@few
+@given(st.lists(st.sampled_from("abcd"), min_size=4, max_size=30), st.integers(1, 4), SEEDS)
+def test_what_needs_no_library_divides_as_the_library_does(
+    owners: list[str], clients: int, seed: int
+) -> None:
+    rows = Dataset.from_dict({"client": owners})
+    iid = _divided(IidPartitioner(clients), seed, len(owners))
+    assert part("iid").split(rows, clients, 1, seed) == iid
+    natural = _divided(NaturalIdPartitioner("value"), seed, len(owners), owners)
+    assert sorted(part("by_column").split(rows, 0, 1, seed).values()) == sorted(natural.values())
 
 
 def test_iid_takes_no_neighbours() -> None:
