@@ -13,7 +13,7 @@ LAYERS = [
     {"combine", "corpus", "docstrings", "files"},
     {"dealing"},
     {"cohorts", "data", "partitions", "strategies", "tasks"},
-    {"shards", "tokens"},
+    {"prefix", "shards", "tokens"},
     {"bases", "heads", "models", "wire", "parts"},
     {"training", "report"},
     {"vectorized", "exporting", "page", "page_template", "planning", "progress", "tables"},
