@@ -78,6 +78,37 @@ def pick(adapter: Adapter, names: Sequence[str] | frozenset[str]) -> Adapter:
     return {name: tensor for name, tensor in adapter.items() if name in wanted}
 
 
+def rank_axis(name: str) -> int | None:
+    """Which axis of a LoRA factor counts its ranks; None for other tensors."""
+    if "lora_A" in name:
+        return 0
+    return 1 if "lora_B" in name else None
+
+
+def fitted(name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """A LoRA factor cropped or filled up with zeros to the rank that `shape` has.
+
+    The product of both factors is unchanged by filling up.
+
+    Raises:
+        ValueError: the shapes differ in more than the rank.
+    """
+    if tensor.shape == torch.Size(shape):
+        return tensor
+    axis = rank_axis(name)
+    if (
+        axis is None
+        or len(shape) != 2
+        or tensor.dim() != 2
+        or tensor.shape[1 - axis] != shape[1 - axis]
+    ):
+        raise ValueError(f"'{name}' has shape {tuple(tensor.shape)}, not {tuple(shape)}")
+    whole = tensor.new_zeros(tuple(shape))
+    kept = min(tensor.shape[axis], shape[axis])
+    whole.narrow(axis, 0, kept).copy_(tensor.narrow(axis, 0, kept))
+    return whole
+
+
 def norm(adapter: Adapter) -> float:
     """The Euclidean norm of all entries together, in float64."""
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in adapter.values()))

@@ -6,7 +6,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.adapter import Adapter, add, digest, nbytes, norm, pick, subtract, weighted_mean
+from fedtune.adapter import (
+    Adapter,
+    add,
+    digest,
+    fitted,
+    nbytes,
+    norm,
+    pick,
+    subtract,
+    weighted_mean,
+)
 
 
 def adapter_of(seed: int, dtype: torch.dtype = torch.float32) -> Adapter:
@@ -92,3 +102,22 @@ def test_digest_sees_every_difference() -> None:
         {"A": one["A"].reshape(5, 2), "B": one["B"]},
     ]
     assert len({digest({"x": a}) for a in [one, *others]} | {digest({"y": one})}) == 6
+
+
+@given(st.integers(1, 5), st.integers(1, 8), st.integers(0, 2**31))
+def test_zeros_in_ranks_that_are_missing_keep_the_product(rank: int, more: int, seed: int) -> None:
+    """And cutting them off again gives the factors back, bit for bit."""
+    draws = torch.Generator().manual_seed(seed)
+    a = torch.randn(rank, 5, generator=draws, dtype=torch.float64)
+    b = torch.randn(3, rank, generator=draws, dtype=torch.float64)
+    wide_a = fitted("q.lora_A.weight", a, (rank + more, 5))
+    wide_b = fitted("q.lora_B.weight", b, (3, rank + more))
+    torch.testing.assert_close(wide_b @ wide_a, b @ a, rtol=1e-12, atol=1e-12)
+    assert torch.equal(fitted("q.lora_A.weight", wide_a, a.shape), a)
+    assert torch.equal(fitted("q.lora_B.weight", wide_b, b.shape), b)
+
+
+@pytest.mark.parametrize(("name", "shape"), [("q.lora_A.weight", (2, 6)), ("head.weight", (3, 5))])
+def test_only_ranks_may_be_missing(name: str, shape: tuple[int, int]) -> None:
+    with pytest.raises(ValueError, match="has shape"):
+        fitted(name, torch.zeros(2, 5), shape)
