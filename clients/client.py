@@ -119,7 +119,8 @@ class Client:
     def train(self, job: Job) -> tuple[State, Sums]:
         """The trained tensors and the metrics of the training batches."""
         settings = self.experiment.train
-        return training.train(self.model, self.parts.task, job.plan, job.work, settings)
+        trained = training.train(self.model, self.parts.task, job.plan, job.work, settings)
+        return trained.state, trained.sums
 
     def finish(self, job: Job, trained: State) -> State:
         """What is sent; what the client keeps is saved."""

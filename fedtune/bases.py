@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
@@ -110,6 +111,37 @@ def tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     if loaded.pad_token_id is None:
         loaded.pad_token = loaded.eos_token or loaded.unk_token
     return loaded
+
+
+def layer_paths(module: nn.Module) -> list[str]:
+    """The names of a base's layers in order; [] where it has no single stack of them."""
+    stacks: dict[str, list[str]] = {}
+    for path, part in module.named_modules():
+        if isinstance(part, GradientCheckpointingLayer):
+            stacks.setdefault(path.rpartition(".")[0], []).append(path)
+    return next(iter(stacks.values())) if len(stacks) == 1 else []
+
+
+def chosen_layers(text: str, count: int) -> list[int]:
+    """The numbers of the layers that `adapter.layers` names, of `count`.
+
+    Raises:
+        RecipeError: it names none, or one that is not there.
+    """
+    if text == "all":
+        return list(range(count))
+    try:
+        top = int(text.removeprefix("top:")) if text.startswith("top:") else 0
+        chosen = [] if top else [int(part) for part in text.split(",")]
+    except ValueError:
+        top, chosen = 0, []
+    chosen = chosen or list(range(count - top, count)) if top <= count else []
+    if not chosen or min(chosen) < 0 or max(chosen) >= count or len(set(chosen)) < len(chosen):
+        raise RecipeError(
+            f"adapter.layers = '{text}' must be 'all', 'top:N' with N up to {count}, or layer "
+            f"numbers such as '4,5': the model has the layers 0 to {count - 1}."
+        )
+    return sorted(chosen)
 
 
 def fingerprint(words: PreTrainedTokenizerBase) -> str:

@@ -47,6 +47,7 @@ class AdapterSettings:
     alpha: float = 16.0  # lora_alpha
     dropout: float = 0.0  # lora_dropout
     target_modules: str = "all-linear"  # or module names, "query,value"
+    layers: str = "all"  # or "top:2", or numbers, "4,5"; what is below them is computed once
     rslora: bool = False  # use_rslora: scaling alpha / sqrt(rank)
     dora: bool = False  # use_dora
     init: str = "default"  # init_lora_weights: default, gaussian or orthogonal

@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from fedtune import bases
-from fedtune.adapter import State
+from fedtune.adapter import Adapter, State
 from fedtune.config import AdapterSettings, ModelSettings
 from fedtune.errors import RecipeError
 from fedtune.seeds import seed_of
@@ -117,6 +117,9 @@ def _adapted(base: Base, model: ModelSettings, adapter: AdapterSettings) -> Peft
     targets = [name.strip() for name in adapter.target_modules.split(",")]
     if not everything:
         _require_targets(base, targets, model.name)
+    if adapter.layers != "all":
+        targets = _targets_in_layers(base, [] if everything else targets, adapter.layers)
+        everything = False
     config = LoraConfig(
         base_model_name_or_path=model.name,
         r=adapter.rank,
@@ -136,6 +139,19 @@ def _adapted(base: Base, model: ModelSettings, adapter: AdapterSettings) -> Peft
         if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
             parameter.data = parameter.data.float()
     return module
+
+
+def _targets_in_layers(base: Base, targets: Sequence[str], layers: str) -> list[str]:
+    """The full names of the target modules ([] for all linear ones) in the chosen layers."""
+    paths = bases.layer_paths(base.module)
+    chosen = [paths[number] for number in bases.chosen_layers(layers, len(paths))]
+    return [
+        key
+        for key, part in base.module.named_modules()
+        if isinstance(part, nn.Linear | Conv1D)
+        and any(key.startswith(f"{path}.") for path in chosen)
+        and (not targets or any(key == t or key.endswith(f".{t}") for t in targets))
+    ]
 
 
 def _require_targets(base: Base, targets: Sequence[str], name: str) -> None:
@@ -249,6 +265,69 @@ def write(model: Model, state: State) -> None:
                 live[name].copy_(tensor)
 
 
+@contextlib.contextmanager
+def shifted(model: Model, base: Adapter) -> Iterator[None]:
+    """Add the product of stacked LoRA factors to the frozen weights, and take it away bit by bit.
+
+    Args:
+        model: whose adapted layers.
+        base: lora_A (ranks, d_in) and lora_B (d_out, ranks) of some layers, on the model's scaling.
+
+    Raises:
+        ValueError: a layer is not there, or its weights are quantized.
+    """
+    originals: list[tuple[nn.Parameter, torch.Tensor]] = []
+    layers = dict(lora_layers(model)) if base else {}
+    try:
+        for name, a in base.items():
+            if "lora_A" not in name:
+                continue
+            path = name.removesuffix(".lora_A.weight")
+            if path not in layers:
+                raise ValueError(f"the model has no adapted layer '{path}' to change")
+            layer, b = layers[path], base[name.replace("lora_A", "lora_B")]
+            weight = layer.get_base_layer().weight
+            if not weight.is_floating_point():
+                raise ValueError(f"the weights of '{path}' are quantized and cannot be changed")
+            change = layer.scaling["default"] * (b.double() @ a.double())
+            if getattr(layer, "fan_in_fan_out", False):
+                change = change.T
+            originals.append((weight, weight.data))
+            weight.data = (weight.data.double() + change.to(weight.device)).to(weight.dtype)
+        yield
+    finally:
+        for weight, data in originals:
+            weight.data = data
+
+
+@contextlib.contextmanager
+def scaled(model: Model, factor: float) -> Iterator[None]:
+    """Multiply the adapters' scaling by `factor`."""
+    layers = [layer for _, layer in lora_layers(model)] if factor != 1.0 else []
+    before = [layer.scaling["default"] for layer in layers]
+    for layer, scaling in zip(layers, before, strict=True):
+        layer.scaling["default"] = factor * scaling
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling["default"] = scaling
+
+
+@contextlib.contextmanager
+def checkpointed(model: Model, wanted: bool) -> Iterator[None]:
+    """Gradient checkpointing of the base's layers: less memory, each layer computed twice."""
+    base = model.module.get_base_model()
+    if wanted:
+        base.config.use_cache = False
+        base.activation_checkpointing_enable({"use_reentrant": False})
+    try:
+        yield
+    finally:
+        if wanted:
+            base.activation_checkpointing_disable()
+
+
 def save(model: Model, state: State, folder: Path) -> None:
     """Write a PEFT folder that `PeftModel.from_pretrained(base, folder)` loads.
 
@@ -301,6 +380,18 @@ def generate(model: Model, prompts: Sequence[Sequence[int]], limit: int) -> list
             text = model.tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
             answers.append(str(text).strip())
     return answers
+
+
+def activation_bytes(model: Model, tokens: int, longest: int, layers: int | None = None) -> int:
+    """Bytes that a backward pass over `tokens` tokens in rows of `longest` keeps: an estimate.
+
+    About 17 hidden-sized numbers a token and layer, and 2.5 a pair of tokens and head: Korthikanti
+    et al. 2022, https://arxiv.org/abs/2205.05198, equation 1, in the base's precision.
+    """
+    config = model.module.get_base_model().config
+    layers = layers or config.num_hidden_layers
+    numbers = 17 * config.hidden_size + 2.5 * config.num_attention_heads * longest
+    return int(tokens * layers * numbers * next(model.module.parameters()).element_size())
 
 
 def parameters(tensors: dict[str, dict[str, nn.Parameter]]) -> dict[str, int]:

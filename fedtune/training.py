@@ -6,19 +6,21 @@ nothing of the optimizer outlives the round.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+from torch.nn import Parameter
 
 from fedtune import models
-from fedtune.adapter import State
+from fedtune.adapter import State, fitted, rank_axis
 from fedtune.config import TrainSettings
 from fedtune.models import Model
 from fedtune.records import Sums, merge
 from fedtune.seeds import generator, seed_of
 from fedtune.strategies.strategy import Plan
-from fedtune.tasks.task import Example, Task
+from fedtune.tasks.task import Example, Scores, Task
 
 WINDOW = 32  # batches whose rows are grouped by length together: enough to find rows alike
 
@@ -31,11 +33,31 @@ class Work:
         batches: the examples of each optimizer step.
         rates: the learning rate of each step.
         seed: of the adapters' dropout.
+        example_clip: the norm to which each example's gradient is clipped before their mean is
+            taken, over all trained tensors together; 0 is off.
     """
 
     batches: Sequence[Sequence[Example]]
     rates: Sequence[float]
     seed: int
+    example_clip: float = 0.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a client's round gives.
+
+    Attributes:
+        state: the plan's tensors after the last step.
+        sums: the metrics of the training batches.
+        tokens: real tokens that were learnt from.
+        computed: tokens that went through the base for it, padding among them.
+    """
+
+    state: State
+    sums: Sums
+    tokens: int
+    computed: int
 
 
 def batches_of(
@@ -92,50 +114,125 @@ def rates_of(steps: int, round: int, rounds: int, settings: TrainSettings) -> li
     return rates
 
 
-def train(
-    model: Model, task: Task, plan: Plan, work: Work, settings: TrainSettings
-) -> tuple[State, Sums]:
+def train(model: Model, task: Task, plan: Plan, work: Work, settings: TrainSettings) -> Trained:
     """The plan's tensors after the work's steps, and the metrics of the training batches.
 
     Raises:
         FloatingPointError: a loss was not finite; the client's round is void.
     """
-    models.write(model, plan.start)
     live = {name: p for group in model.tensors.values() for name, p in group.items()}
+    models.write(model, _filled(plan.start, live))
     for name, parameter in live.items():
         parameter.requires_grad_(name in plan.trainable)
         parameter.grad = None
-    trained = [live[name] for name in sorted(plan.trainable)]
-    anchors = [parameter.detach().clone() for parameter in trained]
+    trained = {name: live[name] for name in sorted(plan.trainable)}
+    correction = _filled({"correction": plan.correction}, live)["correction"]
+    anchors = {name: parameter.detach().clone() for name, parameter in trained.items()}
     optimizer = torch.optim.AdamW(
-        trained, lr=settings.learning_rate, weight_decay=settings.weight_decay
+        list(trained.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
-    if settings.gradient_checkpointing:
-        model.module.get_base_model().config.use_cache = False
-        model.module.activation_checkpointing_enable({"use_reentrant": False})
     model.module.train()
     sums: list[Sums] = []
-    with torch.random.fork_rng(devices=_cuda(model)):
+    with (
+        torch.random.fork_rng(devices=_cuda(model)),
+        models.shifted(model, plan.base),
+        models.scaled(model, plan.scale),
+        models.checkpointed(model, settings.gradient_checkpointing),
+    ):
         torch.manual_seed(work.seed)
         for batch, rate in zip(work.batches, work.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate
-            on_device = {k: v.to(model.device) for k, v in task.collate(batch, model.pad).items()}
-            with model.autocast():
-                scores = task.scores(model.module, on_device)
-            loss = scores["loss"].mean()
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"the training loss became {loss.item()}")
-            loss.backward()  # type: ignore[no-untyped-call]
-            if settings.proximal:
-                for parameter, anchor in zip(trained, anchors, strict=True):
-                    if parameter.grad is not None:
-                        parameter.grad.add_(parameter.detach() - anchor, alpha=settings.proximal)
+            if work.example_clip:
+                sums += _clipped_gradients(model, task, batch, trained, work.example_clip)
+            else:
+                sums.append(_gradients(model, task, batch, _penalty(plan, live)))
+            for name, parameter in trained.items():
+                if parameter.grad is None:
+                    continue
+                if settings.proximal:
+                    away = parameter.detach() - anchors[name]
+                    parameter.grad.add_(away, alpha=settings.proximal)
+                if name in correction:
+                    parameter.grad.add_(correction[name].to(parameter))
             if settings.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(trained, settings.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad()
-            sums.append(task.sums(scores, model.labels))
-    return models.read(model), merge(sums)
+    lengths = [[len(example["input_ids"]) for example in batch] for batch in work.batches]
+    after = models.read(model)
+    state = {
+        group: {name: fitted(name, after[group][name], t.shape) for name, t in tensors.items()}
+        for group, tensors in plan.start.items()
+    }
+    computed = sum(len(own) * max(own) for own in lengths)
+    return Trained(state, merge(sums), sum(map(sum, lengths)), computed)
+
+
+def _filled(state: State, live: Mapping[str, Tensor]) -> State:
+    """The state's tensors at the model's own rank."""
+    return {
+        group: {name: fitted(name, t, live[name].shape) for name, t in tensors.items()}
+        for group, tensors in state.items()
+    }
+
+
+def _scores(model: Model, task: Task, batch: Sequence[Example]) -> Scores:
+    on_device = {k: v.to(model.device) for k, v in task.collate(batch, model.pad).items()}
+    with model.autocast():
+        return task.scores(model.module, on_device)
+
+
+def _gradients(
+    model: Model, task: Task, batch: Sequence[Example], penalty: Callable[[], Tensor | float]
+) -> Sums:
+    """Leave the gradient of a batch's mean loss in the parameters; its metrics."""
+    scores = _scores(model, task, batch)
+    loss = scores["loss"].mean()
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the training loss became {loss.item()}")
+    (loss + penalty()).backward()  # type: ignore[no-untyped-call]
+    return task.sums(scores, model.labels)
+
+
+def _clipped_gradients(
+    model: Model,
+    task: Task,
+    batch: Sequence[Example],
+    trained: Mapping[str, Parameter],
+    bound: float,
+) -> list[Sums]:
+    """Leave the mean of the examples' gradients, each clipped to the norm `bound`, likewise.
+
+    Abadi et al. 2016, https://arxiv.org/abs/1607.00133, algorithm 1 without its noise.
+    """
+    total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
+    sums = []
+    for example in batch:
+        sums.append(_gradients(model, task, [example], lambda: 0.0))
+        gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
+        squares = [g.square().sum() for g in gradients.values()]
+        factor = (bound / torch.stack(squares).sum().sqrt().clamp(min=1e-12)).clamp(max=1.0)
+        for name, gradient in gradients.items():
+            total[name].add_(gradient * factor)
+            trained[name].grad = None
+    for name, parameter in trained.items():
+        parameter.grad = total[name] / len(batch)
+    return sums
+
+
+def _penalty(plan: Plan, live: Mapping[str, Tensor]) -> Callable[[], Tensor | float]:
+    """HetLoRA's term of the loss, see `Plan.penalty`."""
+
+    def penalty() -> Tensor | float:
+        total: Tensor | float = 0.0
+        for name in plan.start.get("adapter", {}):
+            if plan.penalty and rank_axis(name) == 0:
+                a, b = live[name][plan.tail :], live[name.replace("lora_A", "lora_B")]
+                norms = torch.linalg.vector_norm(a), torch.linalg.vector_norm(b[:, plan.tail :])
+                total = total + plan.penalty * norms[0] * norms[1]
+        return total
+
+    return penalty
 
 
 def _cuda(model: Model) -> list[torch.device]:

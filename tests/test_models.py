@@ -197,3 +197,30 @@ def test_bfloat16_keeps_the_trained_part_in_float32(tiny_llama: Path) -> None:
     model = models.load(Classification(), settings, AdapterSettings(rank=2), LABELS, 0)
     assert {p.dtype for group in model.tensors.values() for p in group.values()} == {torch.float32}
     assert model.module.get_base_model().model.embed_tokens.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("layers", "adapted"),
+    [("all", {0, 1}), ("top:1", {1}), ("top:2", {0, 1}), ("0", {0}), ("1,0", {0, 1})],
+)
+def test_adapters_lie_in_the_chosen_layers_only(
+    tiny_llama: Path, layers: str, adapted: set[int]
+) -> None:
+    """Whichever modules are adapted; and PEFT loads what was saved."""
+    settings = ModelSettings(name=str(tiny_llama), device="cpu")
+    for targets in ("all-linear", "q_proj,down_proj"):
+        adapter = AdapterSettings(rank=2, target_modules=targets, layers=layers)
+        model = models.load(CausalLM(), settings, adapter, (), 0)
+        names = list(model.tensors["adapter"])
+        assert {int(name.split(".layers.")[1].split(".")[0]) for name in names} == adapted
+        per_layer = 14 if targets == "all-linear" else 4
+        assert len(names) == per_layer * len(adapted)
+        skeleton, _, _ = models.skeleton(CausalLM(), settings, adapter, ())
+        assert list(skeleton["adapter"]) == names
+
+
+@pytest.mark.parametrize("layers", ["top:3", "top:0", "2", "-1", "0,0", "first", "top:x", ""])
+def test_layers_that_are_not_there_are_an_error(tiny_llama: Path, layers: str) -> None:
+    settings = ModelSettings(name=str(tiny_llama), device="cpu")
+    with pytest.raises(RecipeError, match="the model has the layers 0 to 1"):
+        models.load(CausalLM(), settings, AdapterSettings(layers=layers), (), 0)

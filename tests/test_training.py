@@ -45,7 +45,8 @@ def work_of(examples: list[dict[str, list[int]]], settings: TrainSettings, round
 def test_it_is_plain_adamw(model: Model) -> None:
     """The same steps written out with PEFT's own module and torch's optimizer, in float64."""
     start, work = models.initial(model, 0), work_of(examples_of(10), SETTINGS)
-    trained, sums = train(model, TASK, plan_of(start), work, SETTINGS)
+    done = train(model, TASK, plan_of(start), work, SETTINGS)
+    trained, sums = done.state, done.sums
 
     models.write(model, start)
     parameters = [p for group in model.tensors.values() for p in group.values()]
@@ -67,9 +68,8 @@ def test_it_is_plain_adamw(model: Model) -> None:
 
 def test_only_what_the_plan_names_is_trained(model: Model) -> None:
     start = models.initial(model, 0)
-    trained, _ = train(
-        model, TASK, plan_of(start, "lora_A"), work_of(examples_of(6), SETTINGS), SETTINGS
-    )
+    work = work_of(examples_of(6), SETTINGS)
+    trained = train(model, TASK, plan_of(start, "lora_A"), work, SETTINGS).state
     for name, tensor in trained["adapter"].items():
         assert torch.equal(tensor, start["adapter"][name]) == ("lora_A" in name)
     assert not torch.equal(
@@ -79,10 +79,10 @@ def test_only_what_the_plan_names_is_trained(model: Model) -> None:
 
 def test_a_client_leaves_no_trace_for_the_next(model: Model) -> None:
     start, work = models.initial(model, 0), work_of(examples_of(7), SETTINGS)
-    first, _ = train(model, TASK, plan_of(start), work, SETTINGS)
+    first = train(model, TASK, plan_of(start), work, SETTINGS).state
     other = work_of(examples_of(11), SETTINGS, 2)
     train(model, TASK, plan_of(models.initial(model, 9), "lora_A"), other, SETTINGS)
-    again, _ = train(model, TASK, plan_of(start), work, SETTINGS)
+    again = train(model, TASK, plan_of(start), work, SETTINGS).state
     assert digest(first) == digest(again)
 
 
@@ -91,10 +91,10 @@ def test_dropout_is_the_clients_own(tiny_bert: Path) -> None:
     model = models.load(TASK, settings, AdapterSettings(rank=2, dropout=0.5), LABELS, 0)
     start, work = models.initial(model, 0), work_of(examples_of(6), SETTINGS)
     torch.manual_seed(1)
-    first, _ = train(model, TASK, plan_of(start), work, SETTINGS)
+    first = train(model, TASK, plan_of(start), work, SETTINGS).state
     torch.manual_seed(2)
-    again, _ = train(model, TASK, plan_of(start), work, SETTINGS)
-    other, _ = train(model, TASK, plan_of(start), replace(work, seed=2), SETTINGS)
+    again = train(model, TASK, plan_of(start), work, SETTINGS).state
+    other = train(model, TASK, plan_of(start), replace(work, seed=2), SETTINGS).state
     assert digest(first) == digest(again) != digest(other)
 
 
@@ -103,18 +103,16 @@ def test_the_proximal_term_holds_a_client_back(model: Model) -> None:
     moved = []
     for mu in (0.0, 1.0, 100.0):
         settings = replace(SETTINGS, proximal=mu, steps=20)
-        trained, _ = train(model, TASK, plan_of(start), work_of(examples, settings), settings)
+        trained = train(model, TASK, plan_of(start), work_of(examples, settings), settings).state
         moved.append(norm(subtract(trained["adapter"], start["adapter"])))
     assert moved[0] > moved[1] > moved[2] > 0
 
 
 def test_gradient_checkpointing_changes_nothing(model: Model) -> None:
     start, work = models.initial(model, 0), work_of(examples_of(5), SETTINGS)
-    plain, _ = train(model, TASK, plan_of(start), work, SETTINGS)
-    checkpointed, _ = train(
-        model, TASK, plan_of(start), work, replace(SETTINGS, gradient_checkpointing=True)
-    )
-    model.module.activation_checkpointing_disable()
+    plain = train(model, TASK, plan_of(start), work, SETTINGS).state
+    settings = replace(SETTINGS, gradient_checkpointing=True)
+    checkpointed = train(model, TASK, plan_of(start), work, settings).state
     for group in plain:
         assert norm(subtract(plain[group], checkpointed[group])) < 1e-10
 

@@ -8,7 +8,7 @@ averaged beside it (see `Experiment.task`).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 from fedtune.adapter import Adapter, State, add, pick, subtract
@@ -66,12 +66,23 @@ class Plan:
     """What a client trains: plain data, so that every engine runs it with the same result.
 
     Attributes:
-        start: group -> tensors that the first step begins from.
+        start: group -> tensors that the first step begins from; LoRA factors may have fewer ranks
+            than the recipe's adapter, which are then filled up with zeros and cut off again.
         trainable: names of the tensors that receive gradients.
+        base: the change of the frozen weights, as LoRA factors of any rank on the model's scaling.
+        correction: added to the gradient of every step, before it is clipped (SCAFFOLD).
+        penalty: lambda of the term lambda sum |B[:, tail:]| |A[tail:, :]| in the loss (HetLoRA).
+        tail: the first rank of that term.
+        scale: of the adapter's product, beside the model's own scaling.
     """
 
     start: State
     trainable: frozenset[str]
+    base: Adapter = field(default_factory=dict)
+    correction: Adapter = field(default_factory=dict)
+    penalty: float = 0.0
+    tail: int = 0
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
