@@ -134,7 +134,7 @@ class CohortGrid(Grid):
                 try:
                     if isinstance(outcome, Exception):
                         raise outcome
-                    reply = app.closed(message, client, job, *outcome)
+                    reply = app.closed(message, client, job, outcome.state, outcome.sums)
                 except Exception as error:
                     reply = _failed(message, error)
                 yield _identified(reply)
@@ -146,7 +146,7 @@ class CohortGrid(Grid):
         first = opened[0][1]
         model, settings = first.model, first.experiment.train
         jobs = [(job.plan, job.work) for _, _, job in opened]
-        reason = vectorized.obstacle(model, settings, jobs)
+        reason = vectorized.obstacle(model, jobs)
         if reason and reason not in self._told:
             self._told.add(reason)
             log.warning("clients are trained one after another: %s", reason)

@@ -1,193 +1,86 @@
 """A whole cohort's local steps at once on one resident base: the same computation as training.py.
 
-The frozen base multiplies the rows of all clients together. Each adapter and head is stacked to
-(clients, ...) and applied to its own client's rows by batched products. All trained tensors of all
-clients lie in one (clients, parameters) tensor, as do their gradients and AdamW's moments, so that
-clipping and a step are a few operations. Clients are sorted by their number of steps: those that
-have finished drop off the end, and no row of theirs is computed again.
+The frozen base multiplies the real tokens of all clients together, from the first adapted layer
+on; each adapter and head is applied to its own client's rows. Clients are sorted by their number of
+steps: those that have finished drop off the end, and no row of theirs is computed again. What is
+unequal between clients (rows, steps, rates, ranks, trained tensors, corrections, penalties) is a
+value a client in a vector, never a reason to fall back.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+import logging
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fedtune import models, training
-from fedtune.adapter import Adapter, State
+from fedtune import models, stacked, training
+from fedtune.adapter import State, digest, rank_axis
 from fedtune.config import TrainSettings
 from fedtune.models import Model
+from fedtune.products import Layout
 from fedtune.records import Sums, merge
+from fedtune.resident import Base
+from fedtune.stacked import Stack
 from fedtune.strategies.strategy import Plan
 from fedtune.tasks.task import Example, Scores, Task
-from fedtune.training import Work
+from fedtune.training import Trained, Work
 
+log = logging.getLogger("fedtune")
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # torch's AdamW
 Job = tuple[Plan, Work]
-Outcome = tuple[State, Sums] | FloatingPointError
+Outcome = Trained | FloatingPointError
 
 
-def obstacle(model: Model, settings: TrainSettings, jobs: Sequence[Job]) -> str:
+def obstacle(model: Model, jobs: Sequence[Job]) -> str:
     """Why a cohort cannot be trained at once, "" where it can."""
-    lora = model.module.peft_config["default"]
-    if lora.lora_dropout:
-        return "adapter.dropout draws in the order of one client's own modules"
-    if lora.use_dora:
+    if model.module.peft_config["default"].use_dora:
         return "adapter.dora needs the norm of each client's merged weights"
-    if settings.gradient_checkpointing:
-        return "train.gradient_checkpointing"
-    if set(_places(model)) != {name for group in model.tensors.values() for name in group}:
+    if set(stacked.places(model)) != {name for group in model.tensors.values() for name in group}:
         return "the model's head has parts that are not linear"
-    shapes = [_shapes(plan.start) for plan, _ in jobs]
-    if any(shape != shapes[0] for shape in shapes):
-        return "the clients' tensors have different shapes"
+    names = [[name for group in plan.start.values() for name in group] for plan, _ in jobs]
+    if any(own != names[0] for own in names):
+        return "the clients hold different tensors"
+    if any(plan.base for plan, _ in jobs):
+        bases = {digest({"base": plan.base}) for plan, _ in jobs}
+        if len(bases) > 1:
+            return "the clients' frozen weights differ"
+    if any(work.example_clip and plan.penalty for plan, work in jobs):
+        return "a penalty belongs to no example whose gradient could be clipped"
+    if len({bool(work.example_clip) for _, work in jobs}) > 1:
+        return "some clients clip each example's gradient and others do not"
     return ""
 
 
-def _shapes(state: State) -> dict[str, tuple[int, ...]]:
-    return {name: tuple(t.shape) for group in state.values() for name, t in group.items()}
-
-
-@dataclass
-class _Place:
-    """Where a tensor is used: a LoRA factor of a layer, or weight or bias of a linear head."""
-
-    module: nn.Module
-    role: str
-
-
-def _places(model: Model) -> dict[str, _Place]:
-    """Every trained tensor's name and its place, as far as they can be stacked."""
-    places = {}
-    for path, part in models.lora_layers(model):
-        places[f"{path}.lora_A.weight"] = _Place(part, "A")
-        places[f"{path}.lora_B.weight"] = _Place(part, "B")
-    live = {id(p): name for name, p in model.tensors.get("head", {}).items()}
-    for part in model.module.modules():
-        if isinstance(part, nn.Linear):
-            for role, parameter in part.named_parameters(recurse=False):
-                if id(parameter) in live:
-                    places[live[id(parameter)]] = _Place(part, role)
-    return places
-
-
-class _Stack:
-    """The tensors of all clients in one (clients, parameters) tensor, and views of it.
-
-    Args:
-        plans: of the clients, all with the same names and shapes.
-        model: says where the tensors live and in which dtype.
-    """
-
-    def __init__(self, plans: Sequence[Plan], model: Model) -> None:
-        first = {name: t for group in plans[0].start.values() for name, t in group.items()}
-        self.groups = {group: list(tensors) for group, tensors in plans[0].start.items()}
-        self.shapes = {name: tensor.shape for name, tensor in first.items()}
-        bounds, end = {}, 0
-        for name, tensor in first.items():
-            bounds[name] = (end, end := end + tensor.numel())
-        self.bounds = bounds
-        live = {name: p for tensors in model.tensors.values() for name, p in tensors.items()}
-        dtype = live[next(iter(first))].dtype
-        rows = []
-        for plan in plans:
-            named = {name: t for group in plan.start.values() for name, t in group.items()}
-            rows.append(torch.cat([named[name].reshape(-1).to(dtype) for name in first]))
-        self.flat = torch.stack(rows).to(model.device)
-        self.grad = torch.zeros_like(self.flat)
-        self.mask = torch.zeros_like(self.flat, dtype=torch.bool)
-        for number, plan in enumerate(plans):
-            for name in plan.trainable:
-                self.mask[number, slice(*bounds[name])] = True
-        self.trained = {name for plan in plans for name in plan.trainable}
-
-    def leaves(self, count: int) -> dict[str, Tensor]:
-        """Stacked tensors of the first `count` clients, views of `flat`."""
-        leaves = {}
-        for name, bounds in self.bounds.items():
-            shape = (count, *self.shapes[name])
-            leaf = self.flat[:count, slice(*bounds)].view(shape).detach()
-            leaves[name] = leaf.requires_grad_(name in self.trained)
-        return leaves
-
-    def gather(self, leaves: dict[str, Tensor]) -> None:
-        """Move the leaves' gradients into `grad`; what had none gets zeros."""
-        for name, leaf in leaves.items():
-            place = self.grad[: len(leaf), slice(*self.bounds[name])]
-            if leaf.grad is None:
-                place.zero_()
-            else:
-                place.copy_(leaf.grad.reshape(len(leaf), -1))
-                leaf.grad = None
-
-    def state(self, client: int) -> State:
-        """One client's tensors, on the CPU."""
-        row = self.flat[client].to("cpu", copy=True)
-        cut: Adapter = {
-            name: row[slice(*bounds)].view(self.shapes[name]).clone()
-            for name, bounds in self.bounds.items()
-        }
-        return {group: {name: cut[name] for name in names} for group, names in self.groups.items()}
-
-
-@contextmanager
-def _stacked(places: dict[str, _Place], leaves: dict[str, Tensor]) -> Iterator[None]:
-    """Let every adapted layer and head use its client's own tensors on its client's own rows."""
-    used: dict[nn.Module, dict[str, Tensor]] = {}
-    for name, leaf in leaves.items():
-        used.setdefault(places[name].module, {})[places[name].role] = leaf
-    for part, tensors in used.items():
-        forward = _lora if "A" in tensors else _linear
-        part.forward = _bound(forward, part, tensors)
-    try:
-        yield
-    finally:
-        for part in used:
-            del part.forward
-
-
-def _bound(forward, part: nn.Module, tensors: dict[str, Tensor]):  # type: ignore[no-untyped-def]
-    return lambda x, *args, **kwargs: forward(part, tensors, x)
-
-
-def _by_client(x: Tensor, clients: int) -> Tensor:
-    """(rows, ..., features) as (clients, rows of a client, features)."""
-    return x.reshape(clients, -1, x.shape[-1])
-
-
-def _lora(part: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-    """W x + s B (A x), with each client's A and B on its own rows."""
-    a, b = tensors["A"], tensors["B"]
-    result: Tensor = part.base_layer(x)  # type: ignore[operator]
-    own = _by_client(x.to(a.dtype), len(a))
-    update = torch.bmm(torch.bmm(own, a.transpose(1, 2)), b.transpose(1, 2))
-    scaling = part.scaling["default"]  # type: ignore[index]
-    return result + (update * scaling).view(result.shape).to(result.dtype)
-
-
-def _linear(part: nn.Module, tensors: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Each client's own linear layer on its own rows."""
-    weight = tensors["weight"]
-    result = torch.bmm(_by_client(x.to(weight.dtype), len(weight)), weight.transpose(1, 2))
-    if "bias" in tensors:
-        result = result + tensors["bias"].unsqueeze(1)
-    return result.view(*x.shape[:-1], weight.shape[1])
-
-
-def train(model: Model, task: Task, jobs: Sequence[Job], settings: TrainSettings) -> list[Outcome]:
+def train(
+    model: Model,
+    task: Task,
+    jobs: Sequence[Job],
+    settings: TrainSettings,
+    unpadded: bool | None = None,
+) -> list[Outcome]:
     """What `training.train` gives for each job, computed together.
 
     Where `obstacle` names a reason, the jobs run one after another.
 
+    Args:
+        model: the resident model.
+        task: what is learnt.
+        jobs: the clients' plans and work.
+        settings: the recipe's, the same for all.
+        unpadded: whether the base sees real tokens only; None: as `resident.runs_unpadded` has it.
+
     Returns:
         For each job its tensors and metrics, or the error that voided its round.
     """
-    if not jobs or obstacle(model, settings, jobs):
+    if not jobs or obstacle(model, jobs):
         return [_alone(model, task, job, settings) for job in jobs]
     order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i][1].batches))
-    sorted_outcomes = _together(model, task, [jobs[i] for i in order], settings)
-    outcomes = dict(zip(order, sorted_outcomes, strict=True))
+    with (
+        models.shifted(model, jobs[0][0].base),
+        models.checkpointed(model, settings.gradient_checkpointing),
+    ):
+        run = _Run(model, task, [jobs[i] for i in order], settings, unpadded)
+        outcomes = dict(zip(order, run.outcomes(), strict=True))
     return [outcomes[i] for i in range(len(jobs))]
 
 
@@ -198,92 +91,190 @@ def _alone(model: Model, task: Task, job: Job, settings: TrainSettings) -> Outco
         return error
 
 
-def _together(
-    model: Model, task: Task, jobs: Sequence[Job], settings: TrainSettings
-) -> list[Outcome]:
-    places, stack = _places(model), _Stack([plan for plan, _ in jobs], model)
-    anchor = stack.flat.clone()
-    moments = torch.zeros_like(stack.flat), torch.zeros_like(stack.flat)
-    model.module.train()
-    sums: list[list[Sums]] = [[] for _ in jobs]
-    failures: dict[int, FloatingPointError] = {}
-    leaves: dict[str, Tensor] = {}
-    active = 0
-    for step in range(len(jobs[0][1].batches)):
-        count = sum(len(work.batches) > step for _, work in jobs)
-        if count != active:
-            active, leaves = count, stack.leaves(count)
-        batches = [work.batches[step] for _, work in jobs[:count]]
-        with _stacked(places, leaves):
-            scores = _scores(model, task, batches)
-            losses = _means(scores["loss"], batches)
-            for number, loss in enumerate(losses.tolist()):
-                if not torch.isfinite(torch.tensor(loss)):
-                    failure = FloatingPointError(f"the training loss became {loss}")
-                    failures.setdefault(number, failure)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-        stack.gather(leaves)
-        for number, own in enumerate(_split(scores, batches)):
-            sums[number].append(task.sums(own, model.labels))
-        rates = torch.tensor([work.rates[step] for _, work in jobs[:count]], dtype=torch.float64)
-        _step(stack, anchor, moments, rates.unsqueeze(1).to(stack.flat), step + 1, settings)
-    return [
-        failures[number] if number in failures else (stack.state(number), merge(sums[number]))
-        for number in range(len(jobs))
-    ]
+class _Run:
+    """The steps of some clients, sorted by their number."""
+
+    def __init__(
+        self,
+        model: Model,
+        task: Task,
+        jobs: Sequence[Job],
+        settings: TrainSettings,
+        unpadded: bool | None,
+    ) -> None:
+        self.model, self.task, self.jobs, self.settings = model, task, jobs, settings
+        plans = [plan for plan, _ in jobs]
+        self.places, self.stack = stacked.places(model), Stack(plans, model)
+        self.base = Base.of(model, task, unpadded)
+        flat = self.stack.flat
+        self.anchor = flat.clone()
+        self.moments = torch.zeros_like(flat), torch.zeros_like(flat)
+        corrected = any(plan.correction for plan in plans)
+        rows = [self.stack.row({"correction": plan.correction}) for plan in plans]
+        self.correction = torch.stack(rows).to(flat) if corrected else None
+        self.clip = [work.example_clip for _, work in jobs]
+        self.sums: list[list[Sums]] = [[] for _ in jobs]
+        self.counts = [[0, 0] for _ in jobs]
+        self.failures: dict[int, FloatingPointError] = {}
+
+    def outcomes(self) -> list[Outcome]:
+        """Train every step of every client."""
+        self.model.module.train()
+        leaves: dict[str, Tensor] = {}
+        with self.base.opened():
+            for step in range(len(self.jobs[0][1].batches)):
+                count = sum(len(work.batches) > step for _, work in self.jobs)
+                if not leaves or len(next(iter(leaves.values()))) != count:
+                    leaves = self.stack.leaves(count)
+                self._gradients(step, count, leaves)
+                rates = [work.rates[step] for _, work in self.jobs[:count]]
+                self._update(torch.tensor(rates, dtype=torch.float64), step + 1)
+        return [self._outcome(number) for number in range(len(self.jobs))]
+
+    def _outcome(self, number: int) -> Outcome:
+        if number in self.failures:
+            return self.failures[number]
+        return Trained(self.stack.state(number), merge(self.sums[number]), *self.counts[number])
+
+    def _gradients(self, step: int, count: int, leaves: dict[str, Tensor]) -> None:
+        """One forward and backward pass over the batches of the first `count` clients."""
+        batches = [work.batches[step] for _, work in self.jobs[:count]]
+        layout = self._layout(batches, step)
+        with stacked.applied(self.places, leaves, self.stack.scales, layout):
+            scores = self.base.scores([row for batch in batches for row in batch])
+            each = torch.split(scores["loss"], layout.rows)
+            losses = torch.stack([own.mean() for own in each])
+            self._note(losses, scores, batches)
+            if layout.examples is None:
+                (losses.sum() + self._penalty(leaves)).backward()  # type: ignore[no-untyped-call]
+                self.stack.gather(leaves)
+            else:
+                scores["loss"].sum().backward()  # type: ignore[no-untyped-call]
+                self.stack.gather_clipped(layout, self.clip[:count])
+
+    def _layout(self, batches: Sequence[Sequence[Example]], step: int) -> Layout:
+        lengths = [len(example["input_ids"]) for batch in batches for example in batch]
+        longest = max(lengths)
+        for number, batch in enumerate(batches):
+            own = [len(example["input_ids"]) for example in batch]
+            self.counts[number][0] += sum(own)
+            self.counts[number][1] += sum(own) if self.base.unpadded else longest * len(own)
+        return Layout(
+            rows=[len(batch) for batch in batches],
+            tokens=lengths if self.base.unpadded else [longest] * len(lengths),
+            longest=longest,
+            step=step,
+            seeds=[work.seed for _, work in self.jobs[: len(batches)]],
+            examples={} if self.clip[0] else None,
+        )
+
+    def _note(self, losses: Tensor, scores: Scores, batches: Sequence[Sequence[Example]]) -> None:
+        """Keep each client's metrics, and whose loss is not finite."""
+        on_cpu = {name: values.detach().cpu() for name, values in scores.items()}
+        begin = 0
+        for number, (batch, loss) in enumerate(zip(batches, losses.tolist(), strict=True)):
+            if not -float("inf") < loss < float("inf"):
+                failure = FloatingPointError(f"the training loss became {loss}")
+                self.failures.setdefault(number, failure)
+            end = begin + len(batch)
+            own = {name: values[begin:end] for name, values in on_cpu.items()}
+            self.sums[number].append(self.task.sums(own, self.model.labels))
+            begin = end
+
+    def _penalty(self, leaves: dict[str, Tensor]) -> Tensor | float:
+        """The sum of all clients' tail penalties; 0.0 where nobody has one."""
+        count = len(next(iter(leaves.values())))
+        plans = [plan for plan, _ in self.jobs[:count]]
+        if not any(plan.penalty for plan in plans):
+            return 0.0
+        flat = self.stack.flat
+        factors = torch.tensor([plan.penalty for plan in plans]).to(flat)
+        tails = torch.tensor([plan.tail for plan in plans], device=flat.device)
+        total = flat.new_zeros(count)
+        for name, a in leaves.items():
+            if rank_axis(name) != 0:
+                continue
+            b = leaves[name.replace("lora_A", "lora_B")]
+            tail = torch.arange(a.shape[1], device=a.device) >= tails.unsqueeze(1)
+            norms = [
+                torch.linalg.vector_norm(part, dim=(1, 2))
+                for part in (a * tail.unsqueeze(2), b * tail.unsqueeze(1))
+            ]
+            total = total + norms[0] * norms[1]
+        return (factors * total).sum()
+
+    def _update(self, rates: Tensor, step: int) -> None:
+        """One AdamW step of the first clients, as many as there are rates.
+
+        Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2, with torch's
+        epsilon.
+        """
+        count, settings, stack = len(rates), self.settings, self.stack
+        rates = rates.unsqueeze(1).to(stack.flat)
+        parameters, mask = stack.flat[:count], stack.mask[:count]
+        gradients = stack.grad[:count]
+        first, second = self.moments[0][:count], self.moments[1][:count]
+        if settings.proximal:
+            gradients.add_(parameters - self.anchor[:count], alpha=settings.proximal)
+        if self.correction is not None:
+            gradients += self.correction[:count]
+        gradients.masked_fill_(~mask, 0.0)
+        if settings.max_grad_norm:
+            norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
+            gradients *= (settings.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
+        beta1, beta2 = BETAS
+        if settings.weight_decay:
+            parameters -= parameters * (rates * settings.weight_decay) * mask
+        first.lerp_(gradients, 1 - beta1)
+        second.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
+        spread = second.sqrt().div_((1 - beta2**step) ** 0.5).add_(EPSILON)
+        parameters -= (first / spread).mul_(rates / (1 - beta1**step))
 
 
-def _scores(model: Model, task: Task, batches: Sequence[Sequence[Example]]) -> Scores:
-    """The rows of all batches in one; short batches are filled up to the longest."""
-    size = max(len(batch) for batch in batches)
-    rows = [example for b in batches for example in [*b, *[b[0]] * (size - len(b))]]
-    batch = {k: v.to(model.device) for k, v in task.collate(rows, model.pad).items()}
-    with model.autocast():
-        return task.scores(model.module, batch)
+def evaluate(
+    model: Model,
+    task: Task,
+    trials: Sequence[tuple[State, Sequence[Example]]],
+    batch_size: int,
+    unpadded: bool | None = None,
+) -> list[Sums]:
+    """What `training.evaluate` gives for each (state, examples); equal states are tried together.
 
-
-def _means(losses: Tensor, batches: Sequence[Sequence[Example]]) -> Tensor:
-    """Each client's mean over its own rows, (clients,); filling rows weigh nothing."""
-    table = losses.view(len(batches), -1)
-    sizes = torch.tensor([len(batch) for batch in batches], device=losses.device)
-    own = torch.arange(table.shape[1], device=losses.device) < sizes.unsqueeze(1)
-    return torch.where(own, table, 0.0).sum(1) / sizes
-
-
-def _split(scores: Scores, batches: Sequence[Sequence[Example]]) -> Iterator[Scores]:
-    """Each client's own rows of the scores, without the filling ones."""
-    size = max(len(batch) for batch in batches)
-    on_cpu = {name: values.detach().cpu() for name, values in scores.items()}
-    for number, batch in enumerate(batches):
-        begin = number * size
-        yield {name: values[begin : begin + len(batch)] for name, values in on_cpu.items()}
-
-
-def _step(
-    stack: _Stack,
-    anchor: Tensor,
-    moments: tuple[Tensor, Tensor],
-    rates: Tensor,
-    step: int,
-    settings: TrainSettings,
-) -> None:
-    """One AdamW step of the first clients, as many as there are rates.
-
-    Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101, algorithm 2, with torch's epsilon.
+    Their rows are sorted by length and share batches, as if one client held them all.
     """
-    count = len(rates)
-    parameters, mask = stack.flat[:count], stack.mask[:count]
-    gradients = stack.grad[:count].masked_fill_(~mask, 0.0)
-    first, second = moments[0][:count], moments[1][:count]
-    if settings.proximal:
-        gradients += settings.proximal * (parameters - anchor[:count]) * mask
-    if settings.max_grad_norm:
-        norms = torch.linalg.vector_norm(gradients, dim=1, keepdim=True)
-        gradients *= (settings.max_grad_norm / (norms + 1e-6)).clamp(max=1.0)
-    beta1, beta2 = BETAS
-    if settings.weight_decay:
-        parameters -= parameters * (rates * settings.weight_decay) * mask
-    first.lerp_(gradients, 1 - beta1)
-    second.mul_(beta2).addcmul_(gradients, gradients, value=1 - beta2)
-    spread = (second.sqrt() / (1 - beta2**step) ** 0.5).add_(EPSILON)
-    parameters -= (rates / (1 - beta1**step)) * first / spread
+    alike: dict[str, list[int]] = {}
+    for number, (state, examples) in enumerate(trials):
+        if examples:
+            alike.setdefault(digest(state), []).append(number)
+    results: list[Sums] = [{} for _ in trials]
+    model.module.eval()
+    for numbers in alike.values():
+        rows = [(example, n) for n in numbers for example in trials[n][1]]
+        rows.sort(key=lambda row: len(row[0]["input_ids"]))
+        scores = _tried(
+            model, task, trials[numbers[0]][0], [e for e, _ in rows], batch_size, unpadded
+        )
+        whose = torch.tensor([n for _, n in rows])
+        for n in numbers:
+            own = {name: values[whose == n] for name, values in scores.items()}
+            results[n] = task.sums(own, model.labels)
+    return results
+
+
+def _tried(
+    model: Model,
+    task: Task,
+    state: State,
+    examples: Sequence[Example],
+    batch_size: int,
+    unpadded: bool | None,
+) -> Scores:
+    """The scores of all examples, on the CPU, in their order."""
+    base = Base.of(model, task, unpadded)
+    models.write(model, state)
+    parts: list[Scores] = []
+    with torch.no_grad(), base.opened():
+        for start in range(0, len(examples), batch_size):
+            scores = base.scores(examples[start : start + batch_size])
+            parts.append({name: values.cpu() for name, values in scores.items()})
+    return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

@@ -56,9 +56,8 @@ def test_a_failing_client_of_the_batched_engine_is_set_aside(
 def test_what_cannot_be_trained_together_is_said_once(
     tiny: Experiment, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with_dropout = tiny.replace(adapter__dropout=0.1)
-    grid = CohortGrid(client_app, with_dropout.flat(), batched=True)
+    grid = CohortGrid(client_app, tiny.replace(adapter__dora=True).flat(), batched=True)
     server_app(grid, grid.server_context({"arms": ""}))
     told = [r for r in caplog.records if "one after another" in r.getMessage()]
     assert len(told) == 1
-    assert "adapter.dropout" in told[0].getMessage()
+    assert "adapter.dora" in told[0].getMessage()

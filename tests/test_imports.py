@@ -8,15 +8,16 @@ SOURCES = sorted(p for top in ("fedtune", "clients", "server") for p in (ROOT / 
 # Who may be imported by whom: a module imports only from layers before its own.
 LAYERS = [
     {"errors"},
-    {"adapter", "cache", "components", "records", "seeds"},
+    {"adapter", "cache", "components", "packing", "records", "seeds"},
     {"config"},
     {"combine", "corpus", "docstrings", "files"},
     {"dealing"},
     {"cohorts", "data", "partitions", "strategies", "tasks"},
     {"prefix", "shards", "tokens"},
     {"bases", "heads", "models", "wire", "parts"},
-    {"training", "report"},
-    {"vectorized", "exporting", "page", "page_template", "planning", "progress", "tables"},
+    {"products", "training", "trunk", "report"},
+    {"resident", "stacked", "exporting", "page", "page_template", "planning", "progress", "tables"},
+    {"vectorized"},
     {"flower", "launch"},
     {"cli"},
 ]
@@ -51,8 +52,8 @@ def test_only_wire_clients_and_server_know_flower() -> None:
     assert outside({"fedtune/wire.py", "clients/", "server/"}, "flwr") == []
 
 
-def test_only_models_and_tasks_know_transformers_and_peft() -> None:
-    allowed = {"fedtune/bases.py", "fedtune/models.py", "fedtune/tasks/"}
+def test_only_models_their_trunk_and_tasks_know_transformers_and_peft() -> None:
+    allowed = {"fedtune/bases.py", "fedtune/models.py", "fedtune/tasks/", "fedtune/trunk.py"}
     assert outside(allowed, "transformers") == []
     assert outside(allowed, "peft") == []
 

@@ -1,6 +1,7 @@
 """A cohort trained at once is the same computation as its clients trained one after another."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedtune import models, training, vectorized
-from fedtune.adapter import State, norm, subtract
+from fedtune import models, training, trunk, vectorized
+from fedtune.adapter import Adapter, State, norm, subtract
 from fedtune.config import AdapterSettings, ModelSettings, TrainSettings
 from fedtune.models import Model
 from fedtune.strategies.strategy import Plan
 from fedtune.tasks import CausalLM, Classification, Task
-from fedtune.training import Work, batches_of, rates_of
+from fedtune.training import Trained, Work, batches_of, rates_of
 from fedtune.vectorized import Job
 
 LABELS = ("a", "b", "c")
@@ -54,15 +55,19 @@ def difference(one: State, other: State) -> float:
 
 
 def compare(model: Model, task: Task, jobs: list[Job], train: TrainSettings, bound: float) -> None:
-    assert vectorized.obstacle(model, train, jobs) == ""
-    together = vectorized.train(model, task, jobs, train)
-    for job, outcome in zip(jobs, together, strict=True):
-        state, sums = training.train(model, task, *job, train)
-        assert isinstance(outcome, tuple)
-        assert difference(outcome[0], state) < bound
-        assert outcome[1].keys() == sums.keys()
-        for name, values in sums.items():
-            assert outcome[1][name] == pytest.approx(values, rel=1e-6)
+    """With and without padding, together is alone."""
+    assert vectorized.obstacle(model, jobs) == ""
+    alone = [training.train(model, task, *job, train) for job in jobs]
+    for unpadded in (True, False):
+        together = vectorized.train(model, task, jobs, train, unpadded)
+        for one, outcome in zip(alone, together, strict=True):
+            assert isinstance(outcome, Trained)
+            assert difference(outcome.state, one.state) < bound
+            assert outcome.tokens == one.tokens <= outcome.computed
+            assert outcome.tokens == outcome.computed or not unpadded
+            assert outcome.sums.keys() == one.sums.keys()
+            for name, values in one.sums.items():
+                assert outcome.sums[name] == pytest.approx(values, rel=1e-6)
 
 
 OPTIONS = [
@@ -108,6 +113,153 @@ def test_float32_differs_by_rounding_only(tiny_bert: Path) -> None:
     compare(model, task, jobs, train, 1e-4)
 
 
+def ranked(job: Job, rank: int) -> Job:
+    """The same client with an adapter of lower rank."""
+    plan, work = job
+    adapter = {
+        name: tensor[:rank] if "lora_A" in name else tensor[:, :rank].contiguous()
+        for name, tensor in plan.start["adapter"].items()
+    }
+    return replace(plan, start={**plan.start, "adapter": adapter}), work
+
+
+def corrected(job: Job, seed: int) -> Job:
+    """The same client with a correction of every gradient but one, as SCAFFOLD has it."""
+    plan, work = job
+    draws = torch.Generator().manual_seed(seed)
+    adapter = plan.start["adapter"]
+    correction = {
+        name: torch.randn(tensor.shape, generator=draws, dtype=tensor.dtype)
+        for name, tensor in list(adapter.items())[1:]
+    }
+    return replace(plan, correction=correction), work
+
+
+def stacked_base(plan: Plan, seed: int) -> Adapter:
+    """A change of every adapted layer's frozen weights, of rank 3."""
+    draws, base = torch.Generator().manual_seed(seed), {}
+    for name, tensor in plan.start["adapter"].items():
+        shape = (3, tensor.shape[1]) if "lora_A" in name else (tensor.shape[0], 3)
+        base[name] = 0.3 * torch.randn(shape, generator=draws, dtype=tensor.dtype)
+    return base
+
+
+@pytest.mark.parametrize(
+    "option", ["rank", "correction", "penalty", "scale", "base", "example clip", "checkpointing"]
+)
+def test_every_option_of_a_plan_is_the_same_together(
+    case: tuple[Task, ModelSettings, tuple[str, ...]], option: str
+) -> None:
+    """Each option makes a difference, and the same one, in float64 to 1e-10."""
+    task, settings_, labels = case
+    train = replace(OPTIONS[1], epochs=1, gradient_checkpointing=option == "checkpointing")
+    model = models.load(task, settings_, AdapterSettings(rank=4), labels, 0)
+    plain = [job_of(model, seed, rows, train) for seed, rows in enumerate((5, 9, 4))]
+    base = stacked_base(plain[0][0], 1)
+    change: Callable[[int, Job], Job] = {
+        "rank": lambda i, job: ranked(job, (4, 1, 3)[i]),
+        "correction": lambda i, job: corrected(job, i) if i else job,
+        "penalty": lambda i, job: (replace(job[0], penalty=0.5 * i, tail=3 - i), job[1]),
+        "scale": lambda i, job: (replace(job[0], scale=(1.0, 2.5, 0.5)[i]), job[1]),
+        "base": lambda _, job: (replace(job[0], base=base), job[1]),
+        "example clip": lambda i, job: (job[0], replace(job[1], example_clip=0.02 * (i + 1))),
+        "checkpointing": lambda _, job: job,
+    }[option]
+    jobs = [change(i, job) for i, job in enumerate(plain)]
+    weights = [p.detach().clone() for p in model.module.parameters()]
+    compare(model, task, jobs, train, 1e-10)
+    frozen = [p for p in model.module.parameters() if not p.requires_grad]
+    assert all(
+        torch.equal(now, was)
+        for now, was in zip(model.module.parameters(), weights, strict=True)
+        if any(now is p for p in frozen)
+    )
+    if option not in ("rank", "checkpointing"):
+        unchanged = vectorized.train(model, task, plain, train)[-1]
+        changed = vectorized.train(model, task, jobs, train)[-1]
+        assert isinstance(unchanged, Trained)
+        assert isinstance(changed, Trained)
+        assert difference(changed.state, unchanged.state) > 1e-3
+
+
+def test_bfloat16_bases_differ_by_their_rounding_only(tiny_llama: Path) -> None:
+    """Of the losses: AdamW makes a whole step of a gradient's last bit, where it is near zero."""
+    task, train = CausalLM(), OPTIONS[0]
+    settings_ = ModelSettings(name=str(tiny_llama), device="cpu", dtype="bfloat16")
+    model = models.load(task, settings_, AdapterSettings(rank=2), (), 0)
+    jobs = [job_of(model, seed, rows, train) for seed, rows in enumerate((5, 9, 4))]
+    for unpadded in (True, False):
+        for job, outcome in zip(
+            jobs, vectorized.train(model, task, jobs, train, unpadded), strict=True
+        ):
+            assert isinstance(outcome, Trained)
+            alone = training.train(model, task, *job, train).sums["loss"]
+            assert outcome.sums["loss"] == pytest.approx(alone, rel=2e-2)
+
+
+def test_dropout_is_a_clients_own_whoever_is_trained_beside_it(tiny_bert: Path) -> None:
+    """Also where the layers are computed twice, for gradient checkpointing."""
+    task, train = Classification(), OPTIONS[0]
+    settings_ = ModelSettings(name=str(tiny_bert), device="cpu", dtype="float64")
+    model = models.load(task, settings_, AdapterSettings(rank=2, dropout=0.4), LABELS, 0)
+    jobs = [job_of(model, seed, rows, train) for seed, rows in enumerate((5, 9, 4))]
+    together = vectorized.train(model, task, jobs, train)
+    apart = [vectorized.train(model, task, [job], train)[0] for job in jobs]
+    twice = vectorized.train(model, task, jobs, replace(train, gradient_checkpointing=True))
+    other = [(plan, replace(work, seed=99)) for plan, work in jobs]
+    others = vectorized.train(model, task, other, train)
+    for one, two, three, four in zip(together, apart, twice, others, strict=True):
+        assert isinstance(one, Trained)
+        assert isinstance(two, Trained)
+        assert isinstance(three, Trained)
+        assert isinstance(four, Trained)
+        assert difference(one.state, two.state) < 1e-10
+        assert difference(one.state, three.state) < 1e-10
+        assert difference(one.state, four.state) > 1e-3
+
+
+@pytest.mark.parametrize("layers", ["top:1", "1"])
+def test_a_frozen_prefix_that_is_kept_changes_nothing(
+    case: tuple[Task, ModelSettings, tuple[str, ...]],
+    layers: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("FEDTUNE_CACHE", str(tmp_path))
+    task, settings_, labels = case
+    train = OPTIONS[1]
+    models.load.cache_clear()  # a model opens its store once
+    model = models.load(task, settings_, AdapterSettings(rank=2, layers=layers), labels, 0)
+    assert trunk.frozen_layers(model) == 1
+    jobs = [job_of(model, seed, rows, train) for seed, rows in enumerate((5, 9, 4))]
+    alone = [training.train(model, task, *job, train) for job in jobs]
+    for _ in range(2):  # computed, then read
+        for one, outcome in zip(alone, vectorized.train(model, task, jobs, train), strict=True):
+            assert isinstance(outcome, Trained)
+            assert difference(outcome.state, one.state) < 1e-10
+    assert next(iter(tmp_path.rglob("*.data"))).stat().st_size > 0
+
+
+def test_evaluations_together_are_evaluations_alone(
+    case: tuple[Task, ModelSettings, tuple[str, ...]],
+) -> None:
+    """Clients with the same model and with their own; one without rows."""
+    task, settings_, labels = case
+    model = models.load(task, settings_, AdapterSettings(rank=2), labels, 0)
+    jobs = [job_of(model, seed, 7 + seed, OPTIONS[0]) for seed in range(3)]
+    rows = [[row for batch in work.batches for row in batch] for _, work in jobs]
+    states = [jobs[0][0].start, jobs[0][0].start, jobs[2][0].start]
+    trials = [*zip(states, rows, strict=True), (states[0], [])]
+    for unpadded in (True, False):
+        together = vectorized.evaluate(model, task, trials, 4, unpadded)
+        assert together[-1] == {}
+        for (state, own), sums in zip(trials[:-1], together, strict=False):
+            alone = training.evaluate(model, task, state, own, 4)
+            assert sums.keys() == alone.keys()
+            for name, values in alone.items():
+                assert sums[name] == pytest.approx(values, rel=1e-9)
+
+
 def test_each_client_trains_what_its_plan_names(
     case: tuple[Task, ModelSettings, tuple[str, ...]],
 ) -> None:
@@ -119,8 +271,8 @@ def test_each_client_trains_what_its_plan_names(
     compare(model, task, jobs, train, 1e-10)
     outcomes = vectorized.train(model, task, jobs, train)
     for (plan, _), outcome in zip(jobs, outcomes, strict=True):
-        assert isinstance(outcome, tuple)
-        for name, tensor in outcome[0]["adapter"].items():
+        assert isinstance(outcome, Trained)
+        for name, tensor in outcome.state["adapter"].items():
             assert torch.equal(tensor, plan.start["adapter"][name]) == (name not in plan.trainable)
 
 
@@ -133,27 +285,16 @@ def test_one_clients_ruin_is_its_own(tiny_bert: Path) -> None:
     first, ruined, last = vectorized.train(model, task, jobs, train)
     assert isinstance(ruined, FloatingPointError)
     for job, outcome in ((jobs[0], first), (jobs[2], last)):
-        assert isinstance(outcome, tuple)
-        assert difference(outcome[0], training.train(model, task, *job, train)[0]) < 1e-10
+        assert isinstance(outcome, Trained)
+        assert difference(outcome.state, training.train(model, task, *job, train).state) < 1e-10
 
 
-@pytest.mark.parametrize(
-    ("adapter", "train"),
-    [
-        (AdapterSettings(rank=2, dropout=0.1), OPTIONS[0]),
-        (AdapterSettings(rank=2, dora=True), OPTIONS[0]),
-        (AdapterSettings(rank=2), replace(OPTIONS[0], gradient_checkpointing=True)),
-    ],
-)
-def test_what_cannot_be_stacked_is_trained_one_after_another(
-    tiny_bert: Path, adapter: AdapterSettings, train: TrainSettings
-) -> None:
-    task = Classification()
+def test_what_cannot_be_stacked_is_trained_one_after_another(tiny_bert: Path) -> None:
+    task, train = Classification(), OPTIONS[0]
     settings_ = ModelSettings(name=str(tiny_bert), device="cpu", dtype="float64")
-    model = models.load(task, settings_, adapter, LABELS, 0)
+    model = models.load(task, settings_, AdapterSettings(rank=2, dora=True), LABELS, 0)
     jobs = [job_of(model, seed, 4, train) for seed in range(2)]
-    assert vectorized.obstacle(model, train, jobs)
+    assert "adapter.dora" in vectorized.obstacle(model, jobs)
     for job, outcome in zip(jobs, vectorized.train(model, task, jobs, train), strict=True):
-        assert isinstance(outcome, tuple)
-        assert difference(outcome[0], training.train(model, task, *job, train)[0]) == 0.0
-    models.load.cache_clear()  # checkpointing stays on in a resident model
+        assert isinstance(outcome, Trained)
+        assert difference(outcome.state, training.train(model, task, *job, train).state) == 0.0
