@@ -82,9 +82,16 @@ def _attention(
 AttentionInterface.register(NAME, _attention)
 
 
+_stacks: "weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[nn.Module]]]"
+_stacks = weakref.WeakKeyDictionary()
+
+
 def layers(model: Model) -> list[nn.Module]:
     """The base's layers in order; [] where it has no single stack of them."""
-    return [model.module.get_submodule(path) for path in bases.layer_paths(model.module)]
+    if model.module not in _stacks:
+        paths = bases.layer_paths(model.module)
+        _stacks[model.module] = [weakref.ref(model.module.get_submodule(p)) for p in paths]
+    return [layer for layer in (ref() for ref in _stacks[model.module]) if layer is not None]
 
 
 def frozen_layers(model: Model) -> int:
