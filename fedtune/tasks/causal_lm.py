@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from datasets import Dataset
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
 
 from fedtune.errors import RecipeError
 from fedtune.records import Sums
+from fedtune.tasks.next_token import likelihoods
 from fedtune.tasks.task import Base, Batch, Example, Scores, Task, mask_of, pad_right, texts
 
 IGNORED = -100
@@ -83,13 +83,9 @@ class CausalLM(Task):
 
     def scores(self, model: nn.Module, batch: Batch) -> Scores:
         """The loss is the mean negative log-likelihood of a row's learnt tokens, in nats."""
-        logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         rows, positions = (batch["labels"][:, 1:] != IGNORED).nonzero(as_tuple=True)
         targets = batch["labels"][rows, positions + 1]
-        logits = logits[rows, positions]
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        nll = F.cross_entropy(logits, targets, reduction="none")
-        right = logits.detach().argmax(-1) == targets
+        nll, right = likelihoods(model, batch, rows, positions, targets)
         count = len(batch["labels"])
         zeros = torch.zeros(count, dtype=torch.float64, device=nll.device)
         total = zeros.to(nll.dtype).index_add(0, rows, nll)
