@@ -108,6 +108,8 @@ def plan(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -
         ("frozen parameters", f"{cost.base_parameters:,}"),
         ("trainable parameters", trainable),
         ("tokens a row", f"{cost.tokens:.1f} on average, {cost.truncated:.1%} of rows cut"),
+        ("padding in batches", f"{cost.padding:.1%}, computed by --engine sequential only"),
+        ("frozen layers", _frozen(cost)),
         ("a client and round", f"{down} down, {up} up"),
         ("all rounds", human_bytes(cost.bytes_total)),
         ("memory (estimate)", human_bytes(cost.memory_bytes)),
@@ -117,6 +119,18 @@ def plan(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -
     out.print(table)
     if cost.mix:
         out.print(tables.mix_table(cost.mix))
+
+
+def _frozen(cost: Any) -> str:
+    """What `plan` says of the layers below the first adapter."""
+    from fedtune.report import human_bytes
+
+    if not cost.frozen_layers:
+        return "none below the first adapter"
+    sizes = [human_bytes(n) for n in (cost.kept_bytes, cost.cached_bytes, cost.cache_bytes)]
+    return (
+        f"{cost.frozen_layers}, computed once a row: {sizes[0]} kept; {sizes[1]} of {sizes[2]} used"
+    )
 
 
 @app.command(name="list")

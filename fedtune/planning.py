@@ -4,17 +4,22 @@ No weights are loaded: the model is built on the meta device. Bytes are exact, b
     headers; memory and time are estimates from counted numbers and a measured rate, and say so.
 """
 
+import dataclasses
 import math
+import re
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from fedtune import bases, models, parts, shards
+from fedtune import bases, models, parts, shards, training
 from fedtune.adapter import State, nbytes
+from fedtune.cache import cache_limit
 from fedtune.config import Experiment
 from fedtune.heads import HeadRule
+from fedtune.prefix import prefix_folder, usage
 from fedtune.seeds import generator
 from fedtune.strategies.strategy import ClientInfo
 
@@ -38,6 +43,13 @@ class Forecast:
         bytes_total: of all training rounds, for the expected cohort.
         tokens: mean length of a training row after truncation.
         truncated: share of the sampled rows that lose their end.
+        padding: share of padding in the sampled rows' batches, which a sequential run computes; a
+            batched one on a CPU does not.
+        frozen_layers: how many of the base's layers lie below the first adapter: they are computed
+            once a row, and what they give is kept on disk.
+        kept_bytes: of those activations, for all rows; the cache holds at most `cache_bytes`.
+        cached_bytes: of what is there already, this run's or others'.
+        cache_bytes: that activations may take on disk, the least recently used going first.
         memory_bytes: estimate for one process: base, trained tensors with gradients and moments,
             and one batch's activations.
         seconds: estimate for the rounds on one thread of this machine: counted FLOPs over its
@@ -56,6 +68,11 @@ class Forecast:
     bytes_total: int
     tokens: float
     truncated: float
+    padding: float
+    frozen_layers: int
+    kept_bytes: int
+    cached_bytes: int
+    cache_bytes: int
     memory_bytes: int
     seconds: float
     mix: dict[str, dict[str, int]]
@@ -92,7 +109,12 @@ def forecast(experiment: Experiment) -> Forecast:
     tested = len(everything.test) * (1 + math.ceil(e.rounds / e.evaluation.every))
     # A frozen base costs 2 P FLOPs a token forward and 2 P backward; embeddings are not multiplied.
     matrices = _multiplied(resolved, e, labels)
-    flops = mean * matrices * (4 * trained + 2 * tested)
+    hidden, layers, _ = bases.dimensions(e.model)
+    frozen = _frozen_layers(tensors["adapter"], layers)
+    kept = mean * (len(everything.train) + len(everything.test)) * hidden * 4 if frozen else 0
+    # Below the first adapter nothing is computed backward, and forward only once a row.
+    above = 1 - frozen / layers
+    flops = mean * matrices * above * (4 * trained + 2 * tested)
     trainable = models.parameters(tensors)
     longest = max(lengths, default=0)
     return Forecast(
@@ -107,6 +129,11 @@ def forecast(experiment: Experiment) -> Forecast:
         bytes_total=(bytes_down + bytes_up) * turns,
         tokens=mean,
         truncated=truncated,
+        padding=_padding(e, lengths),
+        frozen_layers=frozen,
+        kept_bytes=int(kept),
+        cached_bytes=usage(prefix_folder()).bytes,
+        cache_bytes=cache_limit(),
         memory_bytes=base_bytes + 20 * sum(trainable.values()) + _activations(e, longest),
         seconds=flops / _rate(),
         mix=shards.mix(held, resolved.task.label_column) if labels else {},
@@ -126,6 +153,21 @@ def _lengths(
     lengths = [len(example["input_ids"]) for example in whole]
     cut = sum(length > limit for length in lengths) / max(1, len(lengths))
     return [min(length, limit) for length in lengths], cut
+
+
+def _padding(experiment: Experiment, lengths: Sequence[int]) -> float:
+    """The share of padding in batches of rows of these lengths, as they are drawn."""
+    examples = [{"input_ids": [0] * length} for length in lengths]
+    settings = dataclasses.replace(experiment.train, epochs=1, steps=0)
+    batches = training.batches_of(examples, settings, experiment.seed, "forecast")
+    places = sum(len(b) * max(len(row["input_ids"]) for row in b) for b in batches)
+    return 1 - sum(lengths) / places if places else 0.0
+
+
+def _frozen_layers(adapter: Mapping[str, object], layers: int) -> int:
+    """Layers below the first adapted one, read from the tensors' names."""
+    numbers = [int(n) for name in adapter for n in re.findall(r"\.(\d+)\.", name)[:1]]
+    return min(numbers, default=0) if len(numbers) == len(adapter) else 0
 
 
 def _multiplied(resolved: parts.Parts, experiment: Experiment, labels: tuple[str, ...]) -> int:
