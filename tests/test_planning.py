@@ -7,7 +7,7 @@ from fedtune.config import Experiment
 
 
 def test_padding_is_what_the_longest_row_of_a_batch_adds(tiny: Experiment) -> None:
-    """Rows of 4, 4, 2 and 2 tokens: one batch has 16 places for 12 tokens; grouped pairs have 12."""
+    """Rows of 4, 4, 2 and 2 tokens: one batch has 16 places for 12 tokens, grouped pairs 12."""
     lengths = [4, 2, 4, 2]
     whole = tiny.replace(train__batch_size=4)
     assert planning._padding(whole, lengths) == pytest.approx(0.25)
