@@ -6,27 +6,29 @@ trains its own.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from datasets import Dataset
 
-from clients import personal
+from clients import chunk, personal
+from clients.chunk import Trained
 from clients.policy import OPEN, Policy
 from fedtune import models, parts, shards, training
 from fedtune.adapter import State
-from fedtune.config import DataSettings, Experiment
+from fedtune.config import DataSettings, Experiment, ModelSettings
 from fedtune.errors import RecipeError
 from fedtune.heads import HeadRule
 from fedtune.models import Model
-from fedtune.records import Sums
 from fedtune.shards import Shard
 from fedtune.strategies.strategy import Plan, Turn
-from fedtune.tasks.task import Example
+from fedtune.tasks.task import Example, Task
 from fedtune.training import Work
 from fedtune.wire import Address
 
 SAMPLE_TOKENS = 64
+Trial = tuple[State, list[Example]]
 
 
 @dataclass(frozen=True)
@@ -40,24 +42,70 @@ class Job:
 
 
 @dataclass(frozen=True, eq=False)
+class Rows:
+    """A shard and, once they were asked for, its encoded rows: the arms of a run share them.
+
+    Attributes:
+        shard: the rows as text.
+        labels: the classes of the head.
+        parts: where the rows are those of several shards, these.
+        encoded: split -> encoded rows.
+    """
+
+    shard: Shard
+    labels: tuple[str, ...]
+    parts: Sequence["Rows"] = ()
+    encoded: dict[str, list[Example]] = field(default_factory=dict)
+
+    def examples(self, split: str, task: Task, model: Model, limit: int) -> list[Example]:
+        """The rows of `split`, "train" or "test", of at most `limit` tokens each.
+
+        Raises:
+            RecipeError: a row does not fit the task; its number is in the message.
+        """
+        if split not in self.encoded:
+            if self.parts:
+                lists = [part.examples(split, task, model, limit) for part in self.parts]
+                self.encoded[split] = [example for rows in lists for example in rows]
+            else:
+                self.encoded[split] = self._encode(split, task, model, limit)
+        return self.encoded[split]
+
+    def _encode(self, split: str, task: Task, model: Model, limit: int) -> list[Example]:
+        rows: Dataset = getattr(self.shard, split)
+        try:
+            return task.encode(rows, model.tokenizer, self.labels, limit)
+        except RecipeError as error:
+            raise RecipeError(f"{split} rows of client '{self.shard.name}': {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
 class Client:
     """One institution, simulated or real.
 
     Attributes:
         experiment: the arm's experiment.
-        shard: its rows.
-        labels: the classes of the head.
+        rows: its rows.
         state: the folder of what it keeps to itself.
         policy: what it lets out.
         everybody: in a simulation, the client that would hold the rows of all.
     """
 
     experiment: Experiment
-    shard: Shard
-    labels: tuple[str, ...]
+    rows: Rows
     state: Path
     policy: Policy = OPEN
     everybody: "Client | None" = None
+
+    @property
+    def shard(self) -> Shard:
+        """Its rows as text."""
+        return self.rows.shard
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The classes of the head."""
+        return self.rows.labels
 
     @functools.cached_property
     def parts(self) -> parts.Parts:
@@ -70,22 +118,19 @@ class Client:
         e = self.experiment
         return models.load(self.parts.task, e.model, e.adapter, self.labels, e.seed)
 
-    @functools.cached_property
+    @property
     def examples(self) -> list[Example]:
         """Its encoded training rows."""
-        return self._encoded(self.shard.train, "train")
+        return self._encoded("train")
 
-    @functools.cached_property
+    @property
     def tests(self) -> list[Example]:
         """Its encoded test rows."""
-        return self._encoded(self.shard.test, "test")
+        return self._encoded("test")
 
-    def _encoded(self, rows: Dataset, split: str) -> list[Example]:
-        limit, model = self.experiment.model.max_length, self.model
-        try:
-            return self.parts.task.encode(rows, model.tokenizer, self.labels, limit)
-        except RecipeError as error:
-            raise RecipeError(f"{split} rows of client '{self.shard.name}': {error}") from error
+    def _encoded(self, split: str) -> list[Example]:
+        limit = self.experiment.model.max_length
+        return self.rows.examples(split, self.parts.task, self.model, limit)
 
     def require_rows(self) -> None:
         """Encode every row now, so that a faulty one is told before the first round.
@@ -119,10 +164,10 @@ class Client:
         trainable = plan.trainable | (frozenset(head) if rule.trained else frozenset())
         return Plan({**plan.start, "head": head}, trainable)
 
-    def train(self, job: Job) -> tuple[State, Sums]:
-        """The trained tensors and the metrics of the training batches."""
+    def train(self, job: Job) -> Trained:
+        """The job's outcome, step by step."""
         settings = self.experiment.train
-        return training.train(self.model, self.parts.task, job.plan, job.work, settings)
+        return chunk.alone(self.model, self.parts.task, (job.plan, job.work), settings)
 
     def finish(self, job: Job, trained: State) -> State:
         """What is sent; what the client keeps is saved."""
@@ -132,28 +177,25 @@ class Client:
         personal.save(self.state, job.address.round, {**kept, **own_head})
         return {**sent, **head}
 
-    def evaluate(self, address: Address, received: State) -> Sums:
-        """The metrics of the client's model, its own where it has one, on its own test rows.
+    def trial(self, address: Address, received: State) -> Trial:
+        """The client's model, its own where it has one, and its own test rows.
 
-        With scope "pooled", on the test rows of all clients: a simulation can, an institution
-        cannot.
+        With scope "pooled", the test rows of all clients: a simulation can, an institution cannot.
         """
         turn = self._turn(address, received)
         start = self._with_head(turn, self.parts.strategy.plan(turn)).start
-        tests = self.tests
-        if address.scope == "pooled":
-            if self.everybody is None:
-                raise RecipeError("Test rows never leave an institution; nothing can be pooled.")
-            tests = self.everybody.tests
-        return training.evaluate(
-            self.model, self.parts.task, start, tests, self.experiment.evaluation.batch_size
-        )
+        if address.scope != "pooled":
+            return start, self.tests
+        if self.everybody is None:
+            raise RecipeError("Test rows never leave an institution; nothing can be pooled.")
+        return start, self.everybody.tests
 
-    def samples(self) -> list[tuple[str, str, str]]:
-        """(prompt, generated answer, reference) of its first test rows, with the model as it is."""
+    def samples(self, state: State) -> list[tuple[str, str, str]]:
+        """(prompt, generated answer, reference) of its first test rows, with the model `state`."""
         count = self.experiment.evaluation.samples
         if not (count and self.policy.samples and self.parts.task.generates):
             return []
+        models.write(self.model, state)
         rows = self.shard.test.select(range(min(count, len(self.shard.test))))
         prompts = self.parts.task.prompts(rows, self.model.tokenizer)
         answers = models.generate(self.model, [ids for ids, _, _ in prompts], SAMPLE_TOKENS)
@@ -161,29 +203,46 @@ class Client:
 
 
 @functools.lru_cache(maxsize=1)
-def _held(data: DataSettings, seed: int) -> list[Shard]:
-    return shards.load(data, seed)
+def _population(
+    data: DataSettings, seed: int, task: Task, model: ModelSettings
+) -> tuple[list[Rows], Rows]:
+    """The rows of each client and of all; task and model decide how they are encoded."""
+    held = shards.load(data, seed)
+    everything = shards.pooled(held)
+    labels = task.labels(everything.train)
+    each = [Rows(shard, labels) for shard in held]
+    return each, Rows(everything, labels, each)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)  # arms of a run, which take turns
 def simulated(experiment: Experiment) -> dict[str, Client]:
     """All clients of a simulation by name.
 
     Raises:
         RecipeError: the rows or their partition are not as the recipe says.
     """
-    resolved = parts.resolve(experiment)
-    held = _held(experiment.data, experiment.seed)
-    everything = shards.pooled(held)
-    labels = resolved.task.labels(everything.train)
-    root = parts.folder_of(experiment) / "clients"
-    everybody = Client(experiment, everything, labels, root / everything.name)
+    e = experiment
+    resolved = parts.resolve(e)
+    each, everything = _population(e.data, e.seed, resolved.task, e.model)
+    root, name = parts.folder_of(e) / "clients", everything.shard.name
+    everybody = Client(e, everything, root / name)
     if resolved.strategy.pools:
-        return {everything.name: everybody}
+        return {name: everybody}
     return {
-        shard.name: Client(experiment, shard, labels, root / shard.name, OPEN, everybody)
-        for shard in held
+        rows.shard.name: Client(e, rows, root / rows.shard.name, OPEN, everybody) for rows in each
     }
+
+
+def warm(experiment: Experiment, arms: Sequence[str]) -> None:
+    """Load the model and encode all rows of a simulation.
+
+    Raises:
+        RecipeError: the model or a row is not as the recipe says.
+    """
+    for arm in arms:
+        everybody = simulated(parts.reference(experiment, arm) if arm else experiment)
+        for client in everybody.values():
+            client.require_rows()
 
 
 @functools.lru_cache(maxsize=1)
@@ -212,6 +271,6 @@ def institution(
     shard = shards.institution(
         name, str(node["shard"]), str(node.get("test", "")) or None, data, seed
     )
-    labels = resolved.task.labels(None)
+    rows = Rows(shard, resolved.task.labels(None))
     root = Path(str(node.get("state", Path.home() / ".fedtune"))) / name / run_id
-    return Client(experiment, shard, labels, root / experiment.strategy, policy)
+    return Client(experiment, rows, root / experiment.strategy, policy)
