@@ -79,6 +79,16 @@ class Rows:
             raise RecipeError(f"{split} rows of client '{self.shard.name}': {error}") from error
 
 
+def _ordered(plan: Plan) -> Plan:
+    """The plan with its tensors by name.
+
+    A state that was read from a checkpoint has another order than the one that was written, and a
+    norm over all tensors, which clips gradients, another last bit.
+    """
+    start = {group: dict(sorted(tensors.items())) for group, tensors in sorted(plan.start.items())}
+    return Plan(start, plan.trainable)
+
+
 @dataclass(frozen=True, eq=False)
 class Client:
     """One institution, simulated or real.
@@ -148,7 +158,7 @@ class Client:
         """The job of one round, from what the coordinator sent and what the client kept."""
         e, name = self.experiment, self.shard.name
         turn = self._turn(address, received)
-        plan = self._with_head(turn, self.parts.strategy.plan(turn))
+        plan = _ordered(self._with_head(turn, self.parts.strategy.plan(turn)))
         batches = training.batches_of(
             self.examples, e.train, e.seed, "batches", address.round, name
         )
