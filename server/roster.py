@@ -87,7 +87,7 @@ def ask(grid: Grid, arm: str, settings: CoordinatorSettings) -> Roster:
     Waits for every node of a simulation, or for `coordinator.minimum_clients` institutions.
 
     Raises:
-        RecipeError: every node refused for the recipe's or its data's sake.
+        RecipeError: a node of a simulation, or every institution, refused the recipe or its data.
         RunError: too few nodes in `coordinator.wait_seconds`, a name twice, or different labels.
     """
     deadline = time.monotonic() + settings.wait_seconds
@@ -114,6 +114,9 @@ def ask(grid: Grid, arm: str, settings: CoordinatorSettings) -> Roster:
         if time.monotonic() > deadline:
             break
         time.sleep(0.5)
+    if refusals and (simulated or not members):
+        # A simulation without some of its nodes would be one of another population.
+        raise _error_of(next(iter(refusals.values())))
     _check(members, refusals, len(asked), max(1, simulated), settings)
     nodes, together = tuple(sorted(wanted)), min(wanted.values(), default=1)
     return Roster(dict(sorted(members.items())), tuple(refusals.values()), nodes, together)
@@ -162,8 +165,6 @@ def _check(
     expected: int,
     settings: CoordinatorSettings,
 ) -> None:
-    if not members and refusals:
-        raise _error_of(next(iter(refusals.values())))
     reasons = "".join(f" A node refused: {reason}" for reason in refusals.values())
     if nodes < expected or len(members) < settings.minimum_clients:
         raise RunError(
@@ -200,4 +201,4 @@ def require_quorum(roster: Roster, cohort: Cohort, settings: CoordinatorSettings
 def _error_of(reason: str) -> FedTuneError:
     """A client's error under its own kind: a wrong recipe stays a wrong recipe."""
     kind, _, text = reason.partition(": ")
-    return RecipeError(text) if kind == "RecipeError" else RunError(f"Every node refused: {reason}")
+    return RecipeError(text) if kind == "RecipeError" else RunError(f"A node refused: {reason}")
