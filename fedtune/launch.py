@@ -224,9 +224,7 @@ def _in_workers(
     try:
         with pool.Pool(job, fork=fork) as workers_:
             for arm in arms:
-                # An arm that pools the rows keeps one worker busy to the end: it comes first.
-                arm_parts = parts.resolve(parts.reference(experiment, arm) if arm else experiment)
-                grid = pool.PoolGrid(workers_, 0 if arm_parts.strategy.pools else 1)
+                grid = pool.PoolGrid(workers_, _urgency(experiment, arm))
                 running.append(threading.Thread(target=run_arm, args=(arm, grid), daemon=True))
                 running[-1].start()
             for _ in arms:
@@ -235,6 +233,12 @@ def _in_workers(
     finally:
         for thread in running:
             thread.join()
+
+
+def _urgency(experiment: Experiment, arm: str) -> int:
+    """0 for an arm that pools the rows, one client after all: the run cannot end before it does."""
+    arm_parts = parts.resolve(parts.reference(experiment, arm) if arm else experiment)
+    return 0 if arm_parts.strategy.pools else 1
 
 
 def _follow(experiment: Experiment) -> Callable[[], None]:
