@@ -1,28 +1,39 @@
 """The ClientApp: translates messages, nothing more.
 
-A simulated node hosts every client whose number is its own modulo the number of nodes, so that any
-number of nodes can carry any number of clients; an institution's SuperNode hosts one.
+An institution's SuperNode hosts one client. The nodes of a simulation can each play any client,
+since the rows are at hand and what a client keeps lies on the disk; for the roster alone each
+speaks for its share of them. Such a node takes the turns of several clients in one message, a
+bundle, and trains them together; the reply bundles theirs, a fault of one being its own.
 """
 
 import functools
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients import client as clients
-from clients.client import Client, Job
-from fedtune import parts, shards, wire
-from fedtune.adapter import State
+from clients.client import Client, Job, Trial
+from fedtune import parts, resident, shards, vectorized, wire
 from fedtune.config import Experiment
 from fedtune.errors import FedTuneError, RecipeError, RunError
 from fedtune.records import Sums
+from fedtune.training import Trained
 from fedtune.wire import Address, RejectedError
 
 log = logging.getLogger("fedtune")
 app = ClientApp()
+TOGETHER = "together"  # in a simulated node's configuration: clients a message, 0 for its own guess
+Turn = TypeVar("Turn", bound=tuple[Any, ...])
+Outcome = TypeVar("Outcome")
+
+
+def answer(message: Message, context: Context) -> Message:
+    """What `app` answers; unlike it, a function by name, which another process can be given."""
+    return app(message, context)
 
 
 def _experiment(context: Context) -> Experiment:
@@ -33,43 +44,70 @@ def _experiment(context: Context) -> Experiment:
 
 
 def hosted(context: Context, arm: str) -> dict[str, Client]:
-    """The clients of this node by name."""
+    """The clients that this node can play, by name."""
     whole, node = _experiment(context), dict(context.node_config)
     experiment = parts.reference(whole, arm) if arm else whole
-    if "partition-id" not in node:
-        client = clients.institution(experiment, whole.run_id, tuple(sorted(node.items())))
-        return {client.shard.name: client}
-    own, nodes = int(node["partition-id"]), int(node["num-partitions"])
-    everybody = sorted(clients.simulated(experiment).items())
-    return {name: c for number, (name, c) in enumerate(everybody) if number % nodes == own}
+    if _simulates(context):
+        return clients.simulated(experiment)
+    client = clients.institution(experiment, whole.run_id, tuple(sorted(node.items())))
+    return {client.shard.name: client}
+
+
+def _simulates(context: Context) -> bool:
+    return "partition-id" in context.node_config
+
+
+def _share(context: Context, everybody: dict[str, Client]) -> dict[str, Client]:
+    """The clients that this node describes."""
+    if not _simulates(context):
+        return everybody
+    own, nodes = (int(context.node_config[key]) for key in ("partition-id", "num-partitions"))
+    return {name: c for i, (name, c) in enumerate(sorted(everybody.items())) if i % nodes == own}
+
+
+def _together(context: Context, everybody: Iterable[Client]) -> int:
+    """How many clients this node wants in one message."""
+    wanted = int(context.node_config.get(TOGETHER, 0)) if _simulates(context) else 1
+    if wanted:
+        return wanted
+    here, nodes = list(everybody), int(context.node_config["num-partitions"])
+    lengths = [length for client in here for length in client.examples.lengths.tolist()]
+    return resident.together(here[0].model, here[0].experiment.train, lengths, nodes)
+
+
+def _told(error: Exception, context: Context) -> Exception:
+    """What the coordinator may know of a fault: why, but never what stood in a row.
+
+    FedTune's own errors quote no rows. Those of libraries may, so an institution sends only their
+    kind and keeps the rest in its own log.
+    """
+    own = isinstance(error, FedTuneError | FloatingPointError | RejectedError)
+    if own or _simulates(context):
+        return error
+    log.error("this client failed", exc_info=error)
+    return RunError(f"{type(error).__name__}, see this client's own log")
 
 
 def _guarded(
     answer: Callable[[Message, Context], Message],
 ) -> Callable[[Message, Context], Message]:
-    """Tell the coordinator why this client failed, but never what stood in a row.
-
-    FedTune's own errors quote no rows. Those of libraries may, so an institution sends only their
-    kind and keeps the rest in its own log.
-    """
+    """Let out of a handler only what `_told` lets out."""
 
     @functools.wraps(answer)
     def guarded(message: Message, context: Context) -> Message:
         try:
             return answer(message, context)
-        except (FedTuneError, FloatingPointError, RejectedError):
-            raise
         except Exception as error:
-            if "partition-id" in context.node_config:
+            told = _told(error, context)
+            if told is error:
                 raise
-            log.exception("this client failed")
-            raise RunError(f"{type(error).__name__}, see this client's own log") from None
+            raise told from None
 
     return guarded
 
 
-def _addressed(message: Message, context: Context) -> tuple[Client, Address]:
-    address = Address.of(message.content)
+def _addressed(content: RecordDict, context: Context) -> tuple[Client, Address]:
+    address = Address.of(content)
     here = hosted(context, address.arm)
     if address.client not in here:
         raise RecipeError(f"Client '{address.client}' is not here; here are {', '.join(here)}.")
@@ -80,7 +118,8 @@ def _addressed(message: Message, context: Context) -> tuple[Client, Address]:
 @_guarded
 def describe(message: Message, context: Context) -> Message:
     """Who is here: names, numbers of rows, labels; label counts where the policy allows."""
-    here = hosted(context, str(message.content[wire.CONFIG]["arm"]))
+    everybody = hosted(context, str(message.content[wire.CONFIG]["arm"]))
+    here = _share(context, everybody)
     described = []
     for name, client in here.items():
         client.require_rows()
@@ -96,7 +135,8 @@ def describe(message: Message, context: Context) -> Message:
             }
         )
     nodes = int(context.node_config.get("num-partitions", 0))
-    record = ConfigRecord({"clients": json.dumps(described), "nodes": nodes})
+    together = _together(context, everybody.values())
+    record = ConfigRecord({"clients": json.dumps(described), "nodes": nodes, "together": together})
     return Message(RecordDict({wire.CONFIG: record}), reply_to=message)
 
 
@@ -104,31 +144,109 @@ def describe(message: Message, context: Context) -> Message:
 @_guarded
 def train(message: Message, context: Context) -> Message:
     """One client's round."""
-    client, job = opened(message, context)
-    return closed(message, client, job, *client.train(job))
-
-
-def opened(message: Message, context: Context) -> tuple[Client, Job]:
-    """The client and the job of a train message; engines that train jobs together begin here."""
-    client, address = _addressed(message, context)
-    return client, client.prepare(address, wire.unpack(message.content))
-
-
-def closed(message: Message, client: Client, job: Job, trained: State, sums: Sums) -> Message:
-    """The reply to a train message, once its job was trained."""
-    sent = client.finish(job, trained)
-    content = RecordDict({wire.CONFIG: job.address.record(), **wire.pack(sent)})
-    content[wire.METRICS] = wire.metrics_record(sums, len(client.shard.train))
-    return Message(content, reply_to=message)
+    client, job = _opened(message.content, context)
+    return Message(_closed(client, job, client.train(job)), reply_to=message)
 
 
 @app.evaluate()
 @_guarded
 def evaluate(message: Message, context: Context) -> Message:
     """One client's test rows."""
-    client, address = _addressed(message, context)
-    sums = client.evaluate(address, wire.unpack(message.content))
+    client, address, trial = _tried(message.content, context)
+    (sums,) = _evaluated([(client, address, trial)])
+    return Message(_measured(client, address, trial, sums), reply_to=message)
+
+
+def _opened(content: RecordDict, context: Context) -> tuple[Client, Job]:
+    client, address = _addressed(content, context)
+    return client, client.prepare(address, wire.unpack(content))
+
+
+def _closed(client: Client, job: Job, trained: Trained) -> RecordDict:
+    sent = client.finish(job, trained.state)
+    tokens = [trained.tokens, trained.computed]
+    content = RecordDict({wire.CONFIG: job.address.record(), **wire.pack(sent)})
+    content[wire.METRICS] = wire.metrics_record(trained.sums, len(client.shard.train), tokens)
+    return content
+
+
+def _tried(content: RecordDict, context: Context) -> tuple[Client, Address, Trial]:
+    client, address = _addressed(content, context)
+    return client, address, client.trial(address, wire.unpack(content))
+
+
+def _measured(client: Client, address: Address, trial: Trial, sums: Sums) -> RecordDict:
     content = RecordDict({wire.CONFIG: address.record(), wire.METRICS: wire.metrics_record(sums)})
     if address.scope == "own" and address.round == client.experiment.rounds:
-        content[wire.SAMPLES] = wire.samples_record(client.samples())
-    return Message(content, reply_to=message)
+        content[wire.SAMPLES] = wire.samples_record(client.samples(trial[0]))
+    return content
+
+
+@app.train("cohort")
+@_guarded
+def train_cohort(message: Message, context: Context) -> Message:
+    """The rounds of a bundle's clients, trained together."""
+    return _bundled(message, context, _opened, _trained, _closed)
+
+
+@app.evaluate("cohort")
+@_guarded
+def evaluate_cohort(message: Message, context: Context) -> Message:
+    """The test rows of a bundle's clients."""
+    return _bundled(message, context, _tried, _evaluated, _measured)
+
+
+def _trained(turns: Sequence[tuple[Client, Job]]) -> Sequence[Trained | FloatingPointError]:
+    """The outcome of each job; all clients of a run share model, task and settings."""
+    first = turns[0][0]
+    model, settings = first.model, first.experiment.train
+    jobs = [(job.plan, job.work) for _, job in turns]
+    if reason := vectorized.obstacle(model, jobs):
+        _say_once(turns[0][1].address.run, reason)
+    return vectorized.train(model, first.parts.task, jobs, settings)
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(run: str, reason: str) -> None:
+    log.warning("clients are trained one after another: %s", reason)
+
+
+def _evaluated(turns: Sequence[tuple[Client, Address, Trial]]) -> Sequence[Sums]:
+    first, trials = turns[0][0], [trial for _, _, trial in turns]
+    size = first.experiment.evaluation.batch_size
+    return vectorized.evaluate(first.model, first.parts.task, trials, size)
+
+
+def _bundled(
+    message: Message,
+    context: Context,
+    begin: Callable[[RecordDict, Context], Turn],
+    compute: Callable[[Sequence[Turn]], Sequence[Outcome]],
+    end: Callable[..., RecordDict],
+) -> Message:
+    """The replies to a bundle's turns, each begun and ended on its own and computed together."""
+    contents = wire.unbundle(message.content)
+    if len(contents) != 1 and not _simulates(context):
+        raise RecipeError(f"A message for {len(contents)} clients; an institution is one.")
+    replies: list[RecordDict | Exception] = []
+    begun: dict[int, Turn] = {}
+    for number, content in enumerate(contents):
+        try:
+            begun[number] = begin(content, context)
+            replies.append(RecordDict())
+        except Exception as error:
+            replies.append(error)
+    outcomes = compute(list(begun.values())) if begun else []
+    for (number, turn), outcome in zip(begun.items(), outcomes, strict=True):
+        try:
+            replies[number] = outcome if isinstance(outcome, Exception) else end(*turn, outcome)
+        except Exception as error:
+            replies[number] = error
+    return Message(wire.bundle([_reply(reply, context) for reply in replies]), reply_to=message)
+
+
+def _reply(reply: RecordDict | Exception, context: Context) -> RecordDict:
+    if isinstance(reply, RecordDict):
+        return reply
+    told = _told(reply, context)
+    return wire.fault(f"{type(told).__name__}: {told}")

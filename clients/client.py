@@ -7,7 +7,7 @@ trains its own.
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from clients import personal
@@ -19,14 +19,15 @@ from fedtune.config import DataSettings, Experiment, ModelSettings
 from fedtune.errors import RecipeError
 from fedtune.heads import HeadRule
 from fedtune.models import Model
-from fedtune.records import Sums
 from fedtune.shards import Shard
 from fedtune.strategies.strategy import Plan, Turn
-from fedtune.tasks.task import Example, Task
-from fedtune.training import Work
+from fedtune.tasks.task import Task
+from fedtune.tokens import Examples
+from fedtune.training import Trained, Work
 from fedtune.wire import Address
 
 SAMPLE_TOKENS = 64
+Trial = tuple[State, Examples]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,16 @@ class Job:
     turn: Turn
     plan: Plan
     work: Work
+
+
+def _ordered(plan: Plan) -> Plan:
+    """The plan with its tensors by name.
+
+    A state that was read from a checkpoint has another order than the one that was written, and a
+    norm over all tensors, which clips gradients, another last bit.
+    """
+    start = {group: dict(sorted(tensors.items())) for group, tensors in sorted(plan.start.items())}
+    return replace(plan, start=start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,12 +86,12 @@ class Client:
         return models.load(self.parts.task, e.model, e.adapter, self.labels, e.seed)
 
     @property
-    def examples(self) -> Sequence[Example]:
+    def examples(self) -> Examples:
         """Its encoded training rows."""
         return self.rows.examples("train", self.number, self.model)
 
     @property
-    def tests(self) -> Sequence[Example]:
+    def tests(self) -> Examples:
         """Its encoded test rows."""
         return self.rows.examples("test", self.number, self.model)
 
@@ -100,7 +111,7 @@ class Client:
         """The job of one round, from what the coordinator sent and what the client kept."""
         e, name = self.experiment, self.shard.name
         turn = self._turn(address, received)
-        plan = self._with_head(turn, self.parts.strategy.plan(turn))
+        plan = _ordered(self._with_head(turn, self.parts.strategy.plan(turn)))
         batches = training.batches_of(
             self.examples, e.train, e.seed, "batches", address.round, name
         )
@@ -114,13 +125,12 @@ class Client:
         if not head:
             return plan
         trainable = plan.trainable | (frozenset(head) if rule.trained else frozenset())
-        return Plan({**plan.start, "head": head}, trainable)
+        return replace(plan, start={**plan.start, "head": head}, trainable=trainable)
 
-    def train(self, job: Job) -> tuple[State, Sums]:
-        """The trained tensors and the metrics of the training batches."""
+    def train(self, job: Job) -> Trained:
+        """What the job gives, step by step."""
         settings = self.experiment.train
-        trained = training.train(self.model, self.parts.task, job.plan, job.work, settings)
-        return trained.state, trained.sums
+        return training.train(self.model, self.parts.task, job.plan, job.work, settings)
 
     def finish(self, job: Job, trained: State) -> State:
         """What is sent; what the client keeps is saved."""
@@ -130,28 +140,25 @@ class Client:
         personal.save(self.state, job.address.round, {**kept, **own_head})
         return {**sent, **head}
 
-    def evaluate(self, address: Address, received: State) -> Sums:
-        """The metrics of the client's model, its own where it has one, on its own test rows.
+    def trial(self, address: Address, received: State) -> Trial:
+        """The client's model, its own where it has one, and its own test rows.
 
-        With scope "pooled", on the test rows of all clients: a simulation can, an institution
-        cannot.
+        With scope "pooled", the test rows of all clients: a simulation can, an institution cannot.
         """
         turn = self._turn(address, received)
         start = self._with_head(turn, self.parts.strategy.plan(turn)).start
-        tests = self.tests
-        if address.scope == "pooled":
-            if self.everybody is None:
-                raise RecipeError("Test rows never leave an institution; nothing can be pooled.")
-            tests = self.everybody.tests
-        return training.evaluate(
-            self.model, self.parts.task, start, tests, self.experiment.evaluation.batch_size
-        )
+        if address.scope != "pooled":
+            return start, self.tests
+        if self.everybody is None:
+            raise RecipeError("Test rows never leave an institution; nothing can be pooled.")
+        return start, self.everybody.tests
 
-    def samples(self) -> list[tuple[str, str, str]]:
-        """(prompt, generated answer, reference) of its first test rows, with the model as it is."""
+    def samples(self, state: State) -> list[tuple[str, str, str]]:
+        """(prompt, generated answer, reference) of its first test rows, with the model `state`."""
         count = self.experiment.evaluation.samples
         if not (count and self.policy.samples and self.parts.task.generates):
             return []
+        models.write(self.model, state)
         rows = self.shard.test.select(range(min(count, len(self.shard.test))))
         prompts = self.parts.task.prompts(rows, self.model.tokenizer)
         answers = models.generate(self.model, [ids for ids, _, _ in prompts], SAMPLE_TOKENS)
@@ -159,25 +166,24 @@ class Client:
 
 
 @functools.lru_cache(maxsize=1)
-def _held(data: DataSettings, seed: int) -> list[Shard]:
-    return shards.load(data, seed)
+def _held(data: DataSettings, seed: int) -> tuple[Shard, ...]:
+    return tuple(shards.load(data, seed))
 
 
 @functools.lru_cache(maxsize=1)
 def _rows(data: DataSettings, seed: int, task: Task, model: ModelSettings) -> Rows:
-    """One object for all arms of a run."""
-    return Rows(tuple(_held(data, seed)), task, model)
+    """One object for all arms of a run; task and model decide how rows are encoded."""
+    return Rows(_held(data, seed), task, model)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=16)  # arms of a run, which take turns
 def simulated(experiment: Experiment) -> dict[str, Client]:
     """All clients of a simulation by name.
 
     Raises:
         RecipeError: the rows or their partition are not as the recipe says.
     """
-    resolved = parts.resolve(experiment)
-    e = experiment
+    e, resolved = experiment, parts.resolve(experiment)
     rows = _rows(e.data, e.seed, resolved.task, e.model)
     everything = shards.pooled(rows.shards)
     labels = resolved.task.labels(everything.train)
@@ -189,6 +195,18 @@ def simulated(experiment: Experiment) -> dict[str, Client]:
         shard.name: Client(e, shard, labels, root / shard.name, rows, number, OPEN, everybody)
         for number, shard in enumerate(rows.shards)
     }
+
+
+def warm(experiment: Experiment, arms: Sequence[str]) -> None:
+    """Load the model and encode all rows of a simulation.
+
+    Raises:
+        RecipeError: the model or a row is not as the recipe says.
+    """
+    for arm in arms:
+        everybody = simulated(parts.reference(experiment, arm) if arm else experiment)
+        for client in everybody.values():
+            client.require_rows()
 
 
 @functools.lru_cache(maxsize=1)

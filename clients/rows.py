@@ -1,7 +1,6 @@
 """The rows of all shards in one process, encoded together: once for every client, arm and run."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -13,7 +12,7 @@ from fedtune.errors import RecipeError
 from fedtune.models import Model
 from fedtune.shards import Shard
 from fedtune.tasks.task import Example, Task
-from fedtune.tokens import Encoded
+from fedtune.tokens import Encoded, Examples
 
 Split = Literal["train", "test"]
 
@@ -33,7 +32,7 @@ class Rows:
     settings: ModelSettings
     _encoded: dict[str, Encoded] = field(default_factory=dict)
 
-    def examples(self, split: Split, client: int | None, model: Model) -> Sequence[Example]:
+    def examples(self, split: Split, client: int | None, model: Model) -> Examples:
         """The encoded rows of the shard of this number, or of all shards for None.
 
         Raises:

@@ -47,14 +47,17 @@ def run(
     recipe: Recipe,
     overrides: Overrides = None,
     engine: Annotated[
-        str, typer.Option(help="sequential, batched, ray, or a SuperLink connection's name.")
-    ] = "sequential",
+        str, typer.Option(help="batched, sequential, ray, or a SuperLink connection's name.")
+    ] = "batched",
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on, or show the result of a finished run.")
     ] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Delete the run's folder first.")
     ] = False,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Worker processes, 0: as many as cores or GPUs.")
+    ] = 0,
     threads: Annotated[
         int, typer.Option(min=1, help="torch threads of each process; may change the last bits.")
     ] = 1,
@@ -68,7 +71,12 @@ def run(
 
     with ProgressHandler(err if as_json else out, experiment.strategy):
         done = launch.run(
-            experiment, engine=engine, resume=resume, overwrite=overwrite, threads=threads
+            experiment,
+            engine=engine,
+            resume=resume,
+            overwrite=overwrite,
+            workers=workers,
+            threads=threads,
         )
     _show(done, parts.folder_of(experiment), as_json)
 

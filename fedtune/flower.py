@@ -49,13 +49,14 @@ clientapp = "clients.app:app"
 """
 
 
-def run(experiment: Experiment, engine: str, follow: Callable[[], None]) -> None:
+def run(experiment: Experiment, engine: str, follow: Callable[[], None], workers: int) -> None:
     """Submit the experiment and wait until it has ended.
 
     Args:
         experiment: its `output` must be absolute.
         engine: "ray", or the name of a connection in Flower's configuration.
         follow: called once a second, to show what has been committed.
+        workers: nodes of a simulation; a SuperLink of the user's has its own.
 
     Raises:
         RecipeError: Ray is not installed, or Flower knows no such connection.
@@ -70,7 +71,7 @@ def run(experiment: Experiment, engine: str, follow: Callable[[], None]) -> None
         recipe.write_text(experiment.text(), encoding="utf-8")
         if engine == "ray":
             with _simulation(work) as environment:
-                _submit(app, "sim", recipe, environment, follow, work / "superlink.log")
+                _submit(app, "sim", recipe, environment, follow, work / "superlink.log", workers)
         else:
             _submit(app, engine, recipe, programs(), follow, None)
 
@@ -165,11 +166,11 @@ def _submit(
     environment: dict[str, str],
     follow: Callable[[], None],
     output: Path | None,
+    workers: int = 0,
 ) -> None:
     arguments = ["run", str(app), connection, "--format", "json", "--run-config", str(recipe)]
-    if connection == "sim":
-        nodes = os.cpu_count() or 1
-        settings = f"num-supernodes={nodes} client-resources-num-cpus=1"
+    if workers:
+        settings = f"num-supernodes={workers} client-resources-num-cpus=1"
         arguments += ["--federation-config", settings]
     answer = _flwr(environment, *arguments)
     try:

@@ -1,8 +1,8 @@
 """Start a run on an engine and wait for its true end.
 
-sequential  this process, one client after another; the references in a second process where there
-            is a core for it
-batched     the same, a few clients of a round trained together: the same computation
+batched     on this machine: worker processes, each training some clients of a round together; the
+            recipe's strategy and its references run at the same time
+sequential  this process, one client after another, one strategy after another: the same to rounding
 ray         Flower's Ray simulation, on a SuperLink that is started here and stopped again
 NAME        a SuperLink of the user's, by the name it has in Flower's configuration
 
@@ -10,23 +10,20 @@ All of them run the same ServerApp and ClientApp. What happens is told through t
 each record is a line to read, and its `event` attribute the same as data.
 """
 
-import json
 import logging
 import os
+import queue
 import shutil
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 
-from fedtune import page, parts, report
+from fedtune import allocator, bases, page, parts, report
 from fedtune.config import Experiment
-from fedtune.errors import FedTuneError, RecipeError, RunError
+from fedtune.errors import RecipeError
 from fedtune.records import RoundRecord
 from fedtune.report import Run
 from server import checkpoint
@@ -44,9 +41,10 @@ ENVIRONMENT = {
 def run(
     experiment: Experiment | str | Path,
     *overrides: str,
-    engine: str = "sequential",
+    engine: str = "batched",
     resume: bool = False,
     overwrite: bool = False,
+    workers: int = 0,
     threads: int = 1,
 ) -> Run:
     """Run an experiment to its end, from its last committed round if it was interrupted.
@@ -54,9 +52,12 @@ def run(
     Args:
         experiment: an experiment or a recipe's path.
         overrides: `key=value`, for a recipe's path.
-        engine: sequential, batched, ray, or the name of a SuperLink connection.
+        engine: batched, sequential, ray, or the name of a SuperLink connection.
         resume: take a finished run as it is instead of refusing it.
         overwrite: delete the run's folder first.
+        workers: processes of the batched and ray engines, 0 for as many as there are cores or GPUs;
+            another number may change the last bits. With 1 it is this process. Outside Linux and
+            on several GPUs a script that calls this needs Python's `if __name__ == "__main__":`.
         threads: torch threads of each process; another number may change the last bits.
 
     Raises:
@@ -65,6 +66,10 @@ def run(
     """
     if not isinstance(experiment, Experiment):
         experiment = Experiment.load(experiment, overrides)
+    if workers and engine not in ("batched", "ray"):
+        raise RecipeError(
+            f"--workers {workers} is for --engine batched or ray; '{engine}' has no workers here."
+        )
     parts.resolve(experiment)
     experiment = experiment.replace(output=str(Path(experiment.output).absolute()))
     folder = parts.folder_of(experiment)
@@ -83,11 +88,11 @@ def run(
     for key, value in ENVIRONMENT.items():
         os.environ.setdefault(key, value)
     if engine in ("sequential", "batched"):
-        _in_process(experiment, threads, engine == "batched")
+        _here(experiment, engine, workers, threads)
     else:
         from fedtune import flower
 
-        flower.run(experiment, engine, _follow(experiment))
+        flower.run(experiment, engine, _follow(experiment), workers or _cores(threads))
     result = report.read(folder)
     page.write(result, folder / "report.html")
     return result
@@ -146,117 +151,94 @@ def clear(folder: Path) -> None:
         raise RecipeError(f"{folder} is in use by another process.") from error
 
 
-def _in_process(experiment: Experiment, threads: int, batched: bool) -> None:
-    references = parts.reference_names(experiment)
-    second = None
-    if references and (os.cpu_count() or 1) > 1 and not torch.cuda.is_available():
-        second = _Worker(experiment, references, threads, batched)
-        references = []
-    try:
-        execute(experiment, ["", *references], threads, batched)
-        if second:
-            second.wait()
-    finally:
-        if second:
-            second.stop()
+def _cores(threads: int) -> int:
+    """Processes of so many threads that this one may keep busy."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, (cores or 1) // threads)
 
 
-def execute(experiment: Experiment, arms: Sequence[str], threads: int, batched: bool) -> None:
-    """Run arms of an experiment one after another in this process."""
+def _here(experiment: Experiment, engine: str, workers: int, threads: int) -> None:
+    """Run every arm on this machine."""
+    device = bases.device_of(experiment.model.device)
+    if device.type == "cpu":
+        allocator.keep_pages()
+    torch.set_num_threads(threads)
+    gpus = _gpus() if device.type == "cuda" and device.index is None else ()
+    count = workers or (_cores(threads) if device.type == "cpu" else max(1, len(gpus)))
+    arms = ["", *parts.reference_names(experiment)]
+    if engine == "sequential" or count == 1:
+        in_turn(experiment, arms, together=1 if engine == "sequential" else 0)
+    else:
+        _in_workers(experiment, arms, count, threads, gpus if len(gpus) > 1 else ())
+
+
+def _gpus() -> tuple[str, ...]:
+    """CUDA's names of the GPUs that this process sees."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    numbers = map(str, range(torch.cuda.device_count()))
+    return tuple(visible.split(",")) if visible else tuple(numbers)
+
+
+def in_turn(experiment: Experiment, arms: Sequence[str], together: int) -> None:
+    """Run arms one after another in this process.
+
+    Args:
+        experiment: the recipe.
+        arms: "" for its own strategy, or names of references.
+        together: clients that train at once, 0 for as many as fit.
+    """
     from clients.app import app as client_app
     from clients.cohort import CohortGrid
     from server.app import app as server_app
 
-    torch.set_num_threads(threads)
-    grid = CohortGrid(client_app, experiment.flat(), batched=batched)
+    grid = CohortGrid(client_app, experiment.flat(), together=together)
     server_app(grid, grid.server_context({"arms": ",".join(arms)}))
 
 
-class _Worker:
-    """A second process that runs the references; it dies with this one."""
+def _in_workers(
+    experiment: Experiment, arms: Sequence[str], workers: int, threads: int, gpus: tuple[str, ...]
+) -> None:
+    """Run all arms at the same time, their clients in worker processes that they share.
 
-    def __init__(
-        self, experiment: Experiment, arms: Sequence[str], threads: int, batched: bool
-    ) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "fedtune.launch"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        order = {
-            "experiment": experiment.flat(),
-            "arms": list(arms),
-            "threads": threads,
-            "batched": batched,
-        }
-        assert self.process.stdin
-        self.process.stdin.write(json.dumps(order) + "\n")
-        self.process.stdin.flush()
-        self.failure: dict[str, Any] = {}
-        self.reader = threading.Thread(target=self._read, daemon=True)
-        self.reader.start()
+    The first arm that fails stops the others; all of them can be resumed.
+    """
+    from clients import client, pool
+    from clients.app import answer
+    from server.app import app as server_app
 
-    def _read(self) -> None:
-        assert self.process.stdout
-        for line in self.process.stdout:
-            told = json.loads(line)
-            if "failure" in told:
-                self.failure = told
-                continue
-            event = told["event"]
-            if "record" in event:
-                event["record"] = RoundRecord.from_json(event["record"])
-            log.log(told["level"], "%s", told["text"], extra={"event": event})
+    job = pool.Job(answer, experiment.flat(), workers, threads, gpus, log.level)
+    fork = pool.can_fork(threads)
+    if fork:
+        client.warm(experiment, arms)
+    ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-    def wait(self) -> None:
-        """Wait for its end and raise its error here."""
-        code = self.process.wait()
-        self.reader.join()
-        if self.failure:
-            kind = RecipeError if self.failure["kind"] == "RecipeError" else RunError
-            raise kind(self.failure["failure"])
-        if code:
-            raise RunError(f"The references' process ended with exit code {code}; see above.")
+    def run_arm(arm: str, grid: pool.PoolGrid) -> None:
+        torch.set_num_threads(threads)  # a new thread begins with OpenMP's default
+        try:
+            server_app(grid, grid.server_context({"arms": arm}))
+            ends.put(None)
+        except BaseException as error:
+            ends.put(error)
 
-    def stop(self) -> None:
-        """End it, if it has not ended."""
-        if self.process.poll() is None:
-            self.process.terminate()
-        self.process.wait()
-        self.reader.join()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe:
-                pipe.close()
-
-
-class _JsonHandler(logging.Handler):
-    """Tells the parent process what happens, a JSON object a line."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        event = dict(getattr(record, "event", {}))
-        if "record" in event:
-            event["record"] = event["record"].to_json()
-        told = {"level": record.levelno, "text": record.getMessage(), "event": event}
-        sys.stdout.write(json.dumps(told) + "\n")
-        sys.stdout.flush()
-
-
-def _work() -> None:
-    """The second process: the order on stdin, events on stdout, and an end when stdin closes."""
-    order = json.loads(sys.stdin.readline())
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(1)), daemon=True).start()
-    log.setLevel(logging.INFO)
-    log.addHandler(_JsonHandler())
-    log.propagate = False
+    running: list[threading.Thread] = []
     try:
-        experiment = Experiment.from_flat(order["experiment"])
-        execute(experiment, order["arms"], order["threads"], order["batched"])
-    except FedTuneError as error:
-        failure = {"failure": str(error), "kind": type(error).__name__}
-        sys.stdout.write(json.dumps(failure) + "\n")
-        sys.stdout.flush()
-        sys.exit(error.exit_code)
+        with pool.Pool(job, fork=fork) as workers_:
+            for arm in arms:
+                grid = pool.PoolGrid(workers_, _urgency(experiment, arm))
+                running.append(threading.Thread(target=run_arm, args=(arm, grid), daemon=True))
+                running[-1].start()
+            for _ in arms:
+                if error := ends.get():
+                    raise error
+    finally:
+        for thread in running:
+            thread.join()
+
+
+def _urgency(experiment: Experiment, arm: str) -> int:
+    """0 for an arm that pools the rows, one client after all: the run cannot end before it does."""
+    arm_parts = parts.resolve(parts.reference(experiment, arm) if arm else experiment)
+    return 0 if arm_parts.strategy.pools else 1
 
 
 def _follow(experiment: Experiment) -> Callable[[], None]:
@@ -277,7 +259,3 @@ def _follow(experiment: Experiment) -> Callable[[], None]:
             seen[arm] = len(lines)
 
     return follow
-
-
-if __name__ == "__main__":
-    _work()

@@ -56,6 +56,9 @@ never left it; only adapters travelled.</p>
   <div><dt>base model</dt><dd>{{ run.experiment.model.name }}</dd></div>
   <div><dt>LoRA rank</dt><dd>{{ run.experiment.adapter.rank }}</dd></div>
   <div><dt>replies set aside</dt><dd>{{ result.rejected }}</dd></div>
+  {% if result.padding is not none -%}
+  <div><dt>padding</dt><dd>{{ "%.0f" % (100 * result.padding) }} % of tokens</dd></div>
+  {%- endif %}
 </dl>
 
 <h2>What federation bought</h2>

@@ -12,7 +12,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, TaskID, TextColum
 from rich.progress import TimeRemainingColumn as TimeLeft
 from rich.table import Column
 
-from fedtune.records import RoundRecord, merge
+from fedtune.records import RoundRecord, merge, padding
 from fedtune.report import human_bytes, summarise
 
 QUALITY = ("accuracy", "perplexity")
@@ -109,5 +109,7 @@ class ProgressHandler(logging.Handler):
         self.progress.update(self.tasks[arm], completed=float(record.round), numbers=text)
         if not self.console.is_terminal:
             label = f"round {record.round}" if record.round else "untuned"
+            share = padding(record.tokens)
+            text += "" if share is None else f"  padding {share:.0%}"
             line = f"{arm or self.title}: {label}: {text}  {record.seconds:.1f} s"
             self.console.print(line, markup=False, highlight=False, soft_wrap=True)

@@ -29,6 +29,12 @@ def merge(parts: Iterable[Mapping[str, Sequence[float]]]) -> Sums:
     return total
 
 
+def padding(tokens: Sequence[float]) -> float | None:
+    """The share of padding among [real, computed] tokens, None where they are not known."""
+    real, computed = tokens
+    return 1 - real / computed if computed else None
+
+
 @dataclass(frozen=True)
 class Rejection:
     """A reply that was set aside.
@@ -60,6 +66,8 @@ class RoundRecord:
         evaluation: scope -> client -> metrics on test rows. Scope "own" is the client's own rows;
             "pooled", in the last round of a strategy of personal models, the rows of all.
         update_norm: Euclidean norm of the change of the coordinator's adapter.
+        tokens: [real, computed] of the accepted clients' training; the base saw the computed ones,
+            padding included.
     """
 
     round: int
@@ -72,6 +80,7 @@ class RoundRecord:
     rejected: list[Rejection] = field(default_factory=list)
     evaluation: dict[str, dict[str, Sums]] = field(default_factory=dict)
     update_norm: float = 0.0
+    tokens: list[float] = field(default_factory=lambda: [0.0, 0.0])
 
     def to_json(self) -> str:
         """One line."""

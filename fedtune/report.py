@@ -14,7 +14,7 @@ from typing import Any
 
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError, RunError
-from fedtune.records import RoundRecord, Sums, merge
+from fedtune.records import RoundRecord, Sums, merge, padding
 
 CLASSIFICATION = ("accuracy", "macro_f1", "precision", "recall", "loss")
 LANGUAGE_MODEL = ("loss", "perplexity", "token_accuracy")
@@ -145,6 +145,8 @@ class Result:
         test_rows: pooled.
         rejected: replies that were set aside.
         verdict: one or two sentences.
+        padding: the share of padding among the tokens that the base was trained on, None where the
+            clients do not tell.
     """
 
     name: str
@@ -154,6 +156,7 @@ class Result:
     test_rows: int
     rejected: int
     verdict: str
+    padding: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For scripts."""
@@ -201,7 +204,10 @@ def result(run: Run) -> Result:
     rejected = sum(len(record.rejected) for record in run.records)
     own = _own(run, last, metrics[0])
     verdict = _verdict(rows, metrics[0], test_rows)
-    return Result(run.experiment.name, metrics, rows, own, test_rows, rejected, verdict)
+    tokens = [sum(counts) for counts in zip(*(r.tokens for r in run.records), strict=True)]
+    return Result(
+        run.experiment.name, metrics, rows, own, test_rows, rejected, verdict, padding(tokens)
+    )
 
 
 def _row(

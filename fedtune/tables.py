@@ -47,6 +47,8 @@ def of_result(result: Result) -> list[Group]:
         cells = (f"{row.numbers[metric]:.3f}" for metric in result.metrics)
         main.add_row(row.name, *cells, moved, human_time(row.seconds), style=style)
     title = f"{result.name}: {result.test_rows:,} pooled test rows"
+    if result.padding is not None:
+        title += f", padding {result.padding:.0%}"
     shown = [titled(title, main)]
     if 1 < len(result.own) <= MOST_ROWS and any(len(own) > 1 for own in result.own.values()):
         models = [

@@ -29,7 +29,9 @@ HEADER = re.compile(
     rb"'shape': \((?P<shape>(?:[0-9]{1,12}(?:, |,|))*)\), \} *\n"
 )
 MAXIMUM_EXAMPLES = 10**9
-CONFIG, METRICS, EXAMPLES, SAMPLES = "config", "metrics", "num-examples", "samples"
+CONFIG, METRICS, SAMPLES = "config", "metrics", "samples"
+EXAMPLES, TOKENS = "num-examples", "num-tokens"  # in the metrics, beside what a task adds up
+BUNDLE, FAULT = "bundle", "fault"
 
 
 class RejectedError(Exception):
@@ -106,6 +108,50 @@ def unpack(content: RecordDict) -> State:
         for group, record in content.items()
         if isinstance(record, ArrayRecord)
     }
+
+
+def bundle(contents: Sequence[RecordDict]) -> RecordDict:
+    """Several turns in one content; a record object that several of them share is in it once."""
+    numbers: dict[int, str] = {}
+    table: list[dict[str, str]] = []
+    bundled = RecordDict()
+    for content in contents:
+        row = {}
+        for name, record in content.items():
+            if id(record) not in numbers:
+                numbers[id(record)] = str(len(numbers))
+                bundled[numbers[id(record)]] = record
+            row[name] = numbers[id(record)]
+        table.append(row)
+    bundled[BUNDLE] = ConfigRecord({BUNDLE: json.dumps(table)})
+    return bundled
+
+
+def unbundle(content: RecordDict) -> list[RecordDict]:
+    """The turns of a bundle, in order; records that were shared are shared again.
+
+    Raises:
+        RejectedError: it is no bundle.
+    """
+    record = content.get(BUNDLE)
+    try:
+        table: Any = json.loads(str(record[BUNDLE]) if isinstance(record, ConfigRecord) else "0")
+        return [RecordDict({k: content[number] for k, number in row.items()}) for row in table]
+    except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise RejectedError("E_SCHEMA", "the message is no bundle of turns") from error
+
+
+def fault(reason: str) -> RecordDict:
+    """In the place of a turn's reply in a bundle: why there is none."""
+    return RecordDict({FAULT: ConfigRecord({FAULT: reason})})
+
+
+def fault_of(content: RecordDict) -> str | None:
+    """Why a turn of a bundle has no reply, or None where it has one."""
+    record = content.get(FAULT)
+    if not isinstance(record, ConfigRecord):
+        return None
+    return str(record.get(FAULT) or "no reason given")
 
 
 def size(content: RecordDict) -> int:
@@ -199,9 +245,20 @@ def _same_turn(content: RecordDict, sent: Address) -> None:
         raise RejectedError("E_REPLAY", f"the reply belongs to another turn ({', '.join(odd)})")
 
 
-def metrics_record(sums: Mapping[str, Sequence[float]], examples: int = 0) -> MetricRecord:
-    """Metrics, which are lists of numbers that add up, as a Flower record."""
-    return MetricRecord({EXAMPLES: examples, **{k: [float(v) for v in s] for k, s in sums.items()}})
+def metrics_record(
+    sums: Mapping[str, Sequence[float]], examples: int = 0, tokens: Sequence[float] = ()
+) -> MetricRecord:
+    """Metrics, which are lists of numbers that add up, as a Flower record.
+
+    Args:
+        sums: of the task.
+        examples: training rows, the weight of a reply to a train message.
+        tokens: [real, computed] tokens of its training, () where they are not known.
+    """
+    record = MetricRecord({EXAMPLES: examples})
+    for name, values in {**sums, **({TOKENS: tokens} if tokens else {})}.items():
+        record[name] = [float(value) for value in values]
+    return record
 
 
 def gate_metrics(
@@ -222,7 +279,7 @@ def gate_metrics(
     if not isinstance(record, MetricRecord):
         raise RejectedError("E_SCHEMA", "the reply has no metrics")
     sums: dict[str, list[float]] = {}
-    if odd := (record.keys() - {EXAMPLES}) ^ expected.keys():
+    if odd := (record.keys() - {EXAMPLES, TOKENS}) ^ expected.keys():
         raise RejectedError("E_SCHEMA", f"metrics missing or unknown: {', '.join(sorted(odd)[:3])}")
     for name, length in expected.items():
         values = record[name]
@@ -232,6 +289,24 @@ def gate_metrics(
             raise RejectedError("E_NONFINITE", f"metric '{name}' is not finite or below 0")
         sums[name] = [float(value) for value in values]
     return sums
+
+
+def gate_tokens(content: RecordDict) -> list[float]:
+    """[real, computed] tokens of a reply to a train message, [0, 0] where it does not tell them.
+
+    Raises:
+        RejectedError: E_SCHEMA.
+    """
+    record = content.get(METRICS)
+    tokens = record.get(TOKENS, [0.0, 0.0]) if isinstance(record, MetricRecord) else None
+    if (
+        not isinstance(tokens, list)
+        or len(tokens) != 2
+        or not all(math.isfinite(count) for count in tokens)
+        or not 0 <= tokens[0] <= tokens[1]
+    ):
+        raise RejectedError("E_SCHEMA", "num-tokens is no pair of finite numbers, real <= computed")
+    return [float(count) for count in tokens]
 
 
 def samples_record(samples: Sequence[tuple[str, str, str]]) -> ConfigRecord:

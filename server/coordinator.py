@@ -1,33 +1,35 @@
 """The round loop.
 
 One coordinator runs one arm: the recipe's own strategy, or a reference beside it. A round draws a
-    cohort, sends each client its broadcast, passes every reply through the gate, joins what was
-    accepted in the order of client names, and commits. A bad reply is set aside with its reason and
-    the round goes on without it.
+cohort, sends each client its broadcast, passes every reply through the gate, joins what was
+accepted in the order of client names, and commits. A bad reply is set aside with its reason and
+the round goes on without it.
 """
 
-import json
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
 from fedtune import adapter, models, parts, wire
 from fedtune.adapter import Adapter, State
 from fedtune.config import Experiment
-from fedtune.errors import RecipeError, RunError
+from fedtune.errors import RunError
 from fedtune.heads import HeadRule
+from fedtune.models import Model
 from fedtune.records import Rejection, RoundRecord, Sums
 from fedtune.strategies.strategy import ClientInfo, Update
 from fedtune.wire import Address, RejectedError
-from server import checkpoint, roster
+from server import checkpoint, exchange, journal, roster
 from server.checkpoint import Checkpoint
 from server.roster import Roster
 
 log = logging.getLogger("fedtune")
+RESIDENT = threading.Lock()  # arms that run at the same time share this process's one model
 
 
 @dataclass
@@ -38,6 +40,7 @@ class Tally:
     bytes_up: int = 0
     bytes_evaluation: int = 0
     train: dict[str, Sums] = field(default_factory=dict)
+    tokens: list[float] = field(default_factory=lambda: [0.0, 0.0])
     rejected: list[Rejection] = field(default_factory=list)
 
 
@@ -74,33 +77,22 @@ class Coordinator:
         self.roster = roster.ask(self.grid, self.arm, e.coordinator)
         for reason in self.roster.refusals:
             log.warning("a node does not take part: %s", reason)
-        self._require_quorum()
+        roster.require_quorum(self.roster, self.parts.cohort, e.coordinator)
         self._say("roster", f"{len(self.roster.members)} clients", rounds=e.rounds)
         self.metrics = self.parts.task.metrics(self.roster.labels)
-        model = models.load(self.parts.task, e.model, e.adapter, self.roster.labels, e.seed)
-        self.initial = models.initial(model, e.seed)
+        with RESIDENT:
+            self.initial = models.initial(self._model(), e.seed)
         start = checkpoint.latest(self.folder / "checkpoint", e) or self._begin()
         self.last_rounds = start.last_rounds
-        self._keep_records(start.round)
+        journal.keep(self.folder, start.round)
         server = start.state
         for round in range(start.round + 1, e.rounds + 1):
             server = self._round(server, round)
         self._finish(server)
 
-    def _require_quorum(self) -> None:
-        """Refuse what could only fail after the first round was trained."""
-        members, needed = self.roster.members, self.experiment.coordinator.minimum_replies
-        drawn = self.parts.cohort.most(len(members))
-        if needed > drawn:
-            raise RecipeError(
-                f"coordinator.minimum_replies = {needed}, but a round asks {drawn} clients at "
-                "most. Lower it, or ask more."
-            )
-        if not any(member.test_examples for member in members.values()):
-            raise RecipeError(
-                "No client has test rows, so nothing could be reported. Give the source a test "
-                "file, or set data.test_fraction above 0."
-            )
+    def _model(self) -> Model:
+        e = self.experiment
+        return models.load(self.parts.task, e.model, e.adapter, self.roster.labels, e.seed)
 
     def _begin(self) -> Checkpoint:
         """Commit round 0: the state before training, and how good the untuned model is."""
@@ -117,20 +109,6 @@ class Coordinator:
         evaluation = self._evaluate(server, 0, tally)
         self._commit(server, 0, [], began, tally, evaluation, 0.0)
         return Checkpoint(0, server, {})
-
-    def _keep_records(self, last: int) -> None:
-        """Drop records of rounds that were not committed: they will be run again."""
-        path = self.folder / "rounds.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = []
-        for line in lines:
-            try:
-                committed = json.loads(line)["round"] <= last
-            except (ValueError, KeyError):
-                continue  # cut short by a crash
-            if committed:
-                kept.append(line + "\n")
-        checkpoint.replace_text(path, "".join(kept))
 
     def _round(self, server: State, round: int) -> State:
         began, tally = time.monotonic(), Tally()
@@ -170,81 +148,77 @@ class Coordinator:
             sent = {**sent, "head": server["head"]}
         return sent
 
-    def _messages(
-        self, kind: str, server: State, names: Sequence[str], round: int, scope: str = "own"
-    ) -> dict[str, tuple[Address, Message]]:
-        # What all receive is serialised once. The tensors are kept beside it: while they live, no
-        # other client's tensors can have their id.
-        packed: dict[int, tuple[Adapter, ArrayRecord]] = {}
-        messages = {}
-        for name in names:
-            last = self.last_rounds.get(name, 0)
-            address = Address(self.run_id, self.arm, round, name, last, scope)
-            state = self._broadcast(server, name, round)
-            for group, tensors in state.items():
-                if id(tensors) not in packed:
-                    packed[id(tensors)] = (tensors, wire.pack({group: tensors})[group])
-            arrays = {group: packed[id(tensors)][1] for group, tensors in state.items()}
-            content = RecordDict({wire.CONFIG: address.record(), **arrays})
-            node = self.roster.members[name].node
-            messages[name] = (address, Message(content, node, kind, group_id=str(round)))
-        return messages
+    def _ask(
+        self,
+        kind: str,
+        server: State,
+        names: Sequence[str],
+        round: int,
+        tally: Tally,
+        scope: str = "own",
+    ) -> dict[str, tuple[Address, RecordDict]]:
+        """The replies by client name, with what they must be addressed with.
 
-    def _replies(
-        self, kind: str, messages: dict[str, tuple[Address, Message]], tally: Tally
-    ) -> dict[str, RecordDict]:
-        """Contents by client name, errors and silence set aside; an unasked or second reply too."""
-        down = sum(wire.size(message.content) for _, message in messages.values())
+        Bytes are counted for each client as if it had messages of its own: what travels together on
+        one machine would not between institutions.
+        """
+        last = self.last_rounds
+        addresses = {
+            name: Address(self.run_id, self.arm, round, name, last.get(name, 0), scope)
+            for name in names
+        }
+        contents = exchange.contents(
+            {
+                name: (address, self._broadcast(server, name, round))
+                for name, address in addresses.items()
+            }
+        )
+        down = sum(wire.size(content) for content in contents.values())
         if kind == "train":
             tally.bytes_down += down
         else:
             tally.bytes_evaluation += down
-        contents: dict[str, RecordDict] = {}
+        same = scope == "pooled" or bool(kind == "train" and self.experiment.train.steps)
+        work = {name: 1.0 if same else self.roster.rows(name, kind) for name in names}
         timeout = self.experiment.coordinator.timeout_seconds
-        sent = [message for _, message in messages.values()]
-        for reply in self.grid.send_and_receive(sent, timeout=timeout):
-            asked = {m.metadata.message_id: name for name, (_, m) in messages.items()}
-            name = asked.get(reply.metadata.reply_to_message_id, "")
-            if not name or name in contents:
-                reason = "a second reply" if name else "a reply that nobody asked for"
-                self._reject(tally, name or "unknown", "E_REPLAY", reason)
-            elif reply.has_error():
-                self._reject(tally, name, "E_CLIENT", reply.error.reason or "no reason given")
-            else:
-                contents[name] = reply.content
-                tally.bytes_up += wire.size(reply.content)
-                self._say("reply", f"{name} answered", client=name, kind=kind)
-        answered = contents.keys() | {rejection.client for rejection in tally.rejected}
-        for name in messages.keys() - answered:
-            self._reject(tally, name, "E_TIMEOUT", f"no reply in {timeout:.0f} s")
-        return contents
+        replies: dict[str, tuple[Address, RecordDict]] = {}
+        for name, answer in exchange.ask(
+            self.grid, self.roster, kind, contents, work, round, timeout
+        ):
+            if isinstance(answer, Rejection):
+                self._reject(tally, answer)
+                continue
+            replies[name] = addresses[name], answer
+            tally.bytes_up += wire.size(answer)
+            self._say("reply", f"{name} answered", client=name, kind=kind)
+        return dict(sorted(replies.items()))
 
-    def _reject(self, tally: Tally, client: str, code: str, reason: str) -> None:
-        tally.rejected.append(Rejection(client, code, reason))
-        self._say("rejected", f"{client}: {code}: {reason}", client=client, level=logging.WARNING)
+    def _reject(self, tally: Tally, rejection: Rejection) -> None:
+        tally.rejected.append(rejection)
+        client, text = rejection.client, f"{rejection.code}: {rejection.reason}"
+        self._say("rejected", f"{client}: {text}", client=client, level=logging.WARNING)
 
     def _collect(
         self, server: State, names: Sequence[str], round: int, tally: Tally
     ) -> list[Update]:
         """Accepted updates, sorted by client name."""
-        messages = self._messages("train", server, names, round)
-        contents = self._replies("train", messages, tally)
         schema = self.parts.strategy.payload(self.initial["adapter"], round)
         if self.head.shared and "head" in self.initial:
             schema = {**schema, "head": self.initial["head"]}
         updates = []
-        for name in sorted(contents):
-            address = messages[name][0]
+        for name, (address, content) in self._ask("train", server, names, round, tally).items():
             try:
                 examples = self.roster.members[name].examples
-                state, count = wire.gate(contents[name], address, schema, examples)
-                sums = wire.gate_metrics(contents[name], address, self.metrics)
+                state, count = wire.gate(content, address, schema, examples)
+                sums = wire.gate_metrics(content, address, self.metrics)
+                tokens = wire.gate_tokens(content)
             except RejectedError as error:
-                self._reject(tally, name, error.code, error.reason)
+                self._reject(tally, Rejection(name, error.code, error.reason))
                 continue
             weight = float(count) if self.experiment.weighting == "examples" else 1.0
             updates.append(Update(name, weight, state))
             tally.train[name] = {k: v for k, v in sums.items() if len(v) == 2}
+            tally.tokens = [a + b for a, b in zip(tally.tokens, tokens, strict=True)]
         return updates
 
     def _evaluate(self, server: State, round: int, tally: Tally) -> dict[str, dict[str, Sums]]:
@@ -257,28 +231,17 @@ class Coordinator:
         evaluation: dict[str, dict[str, Sums]] = {}
         for scope in scopes:
             names = tested if scope == "own" else list(self.roster.members)
-            messages = self._messages("evaluate", server, names, round, scope)
-            contents = self._replies("evaluate", messages, tally)
+            replies = self._ask("evaluate", server, names, round, tally, scope)
             evaluation[scope] = {}
-            for name in sorted(contents):
+            for name, (address, content) in replies.items():
                 try:
-                    sums = wire.gate_metrics(contents[name], messages[name][0], self.metrics)
+                    evaluation[scope][name] = wire.gate_metrics(content, address, self.metrics)
                 except RejectedError as error:
-                    self._reject(tally, name, error.code, error.reason)
-                    continue
-                evaluation[scope][name] = sums
+                    self._reject(tally, Rejection(name, error.code, error.reason))
             if last and scope == "own":
-                self._keep_samples(contents)
+                contents = {name: content for name, (_, content) in replies.items()}
+                journal.write_samples(self.folder, contents)
         return evaluation
-
-    def _keep_samples(self, contents: dict[str, RecordDict]) -> None:
-        samples = [
-            {"client": name, "prompt": prompt, "answer": answer, "reference": reference}
-            for name, content in sorted(contents.items())
-            for prompt, answer, reference in wire.samples_of(content)
-        ]
-        if samples:
-            checkpoint.write_json(self.folder / "samples.json", list(samples))
 
     def _commit(
         self,
@@ -298,16 +261,12 @@ class Coordinator:
             bytes_up=tally.bytes_up,
             bytes_evaluation=tally.bytes_evaluation,
             train=tally.train,
-            rejected=tally.rejected,
+            rejected=sorted(tally.rejected, key=lambda r: (r.client, r.code)),
             evaluation=evaluation,
             update_norm=moved,
+            tokens=tally.tokens,
         )
-        path = self.folder / "rounds.jsonl"
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(record.to_json() + "\n")
-        except OSError as error:
-            raise checkpoint.unwritable(self.folder, error, round - 1) from error
+        journal.append(self.folder, record)
         checkpoint.commit(
             self.folder / "checkpoint",
             Checkpoint(round, server, dict(self.last_rounds)),
@@ -318,15 +277,15 @@ class Coordinator:
     def _finish(self, server: State) -> None:
         """Write the adapter, unless every client has its own."""
         if not self.parts.strategy.personal:
-            e = self.experiment
-            model = models.load(self.parts.task, e.model, e.adapter, self.roster.labels, e.seed)
             tensors: dict[str, Adapter] = {"adapter": server["adapter"]}
             if "head" in server:
                 tensors["head"] = server["head"]
             try:
-                models.save(model, tensors, self.folder / "adapter")
+                with RESIDENT:
+                    models.save(self._model(), tensors, self.folder / "adapter")
             except OSError as error:
-                raise checkpoint.unwritable(self.folder, error, e.rounds) from error
+                rounds = self.experiment.rounds
+                raise checkpoint.unwritable(self.folder, error, rounds) from error
         self._say("finished", "finished")
 
     def _say(self, event: str, text: str, level: int = logging.INFO, **facts: object) -> None:

@@ -13,6 +13,7 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedtune import wire
+from fedtune.cohorts import Cohort
 from fedtune.config import NAME, CoordinatorSettings
 from fedtune.errors import FedTuneError, RecipeError, RunError
 
@@ -42,15 +43,29 @@ class Member:
 
 @dataclass(frozen=True)
 class Roster:
-    """The population, by name, and the nodes that could not take part with their reasons."""
+    """The population.
+
+    Attributes:
+        members: the clients by name.
+        refusals: reasons of the nodes that could not take part.
+        nodes: those of a simulation, each of which can play any client; () for institutions.
+        together: clients that such a node wants in one message.
+    """
 
     members: dict[str, Member]
     refusals: tuple[str, ...] = ()
+    nodes: tuple[int, ...] = ()
+    together: int = 1
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The classes, the same for all."""
         return next(iter(self.members.values())).labels
+
+    def rows(self, name: str, kind: str) -> float:
+        """A client's rows for "train" or "evaluate"."""
+        member = self.members[name]
+        return float(member.examples if kind == "train" else member.test_examples)
 
     def to_json(self) -> dict[str, Any]:
         """For `roster.json`."""
@@ -72,7 +87,7 @@ def ask(grid: Grid, arm: str, settings: CoordinatorSettings) -> Roster:
     Waits for every node of a simulation, or for `coordinator.minimum_clients` institutions.
 
     Raises:
-        RecipeError: every node refused for the recipe's or its data's sake.
+        RecipeError: a node of a simulation, or every institution, refused the recipe or its data.
         RunError: too few nodes in `coordinator.wait_seconds`, a name twice, or different labels.
     """
     deadline = time.monotonic() + settings.wait_seconds
@@ -80,6 +95,7 @@ def ask(grid: Grid, arm: str, settings: CoordinatorSettings) -> Roster:
     asked: set[int] = set()
     refusals: dict[int, str] = {}
     simulated = 0  # nodes of a simulation
+    wanted: dict[int, int] = {}  # such a node -> clients that it wants in one message
     while True:
         new = sorted(set(grid.get_node_ids()) - asked)
         asked |= set(new)
@@ -88,7 +104,7 @@ def ask(grid: Grid, arm: str, settings: CoordinatorSettings) -> Roster:
                 refusals[node] = reply.error.reason or "no reason given"
                 continue
             try:
-                simulated = max(simulated, _enter(members, node, reply))
+                simulated = max(simulated, _enter(members, wanted, node, reply))
             except (KeyError, TypeError, ValueError) as error:
                 refusals[node] = f"its description is malformed ({type(error).__name__})"
         # Institutions may yet come; a simulation is whole once its nodes are there.
@@ -98,7 +114,12 @@ def ask(grid: Grid, arm: str, settings: CoordinatorSettings) -> Roster:
         if time.monotonic() > deadline:
             break
         time.sleep(0.5)
-    return _checked(members, refusals, len(asked), max(1, simulated), settings)
+    if refusals and (simulated or not members):
+        # A simulation without some of its nodes would be one of another population.
+        raise _error_of(next(iter(refusals.values())))
+    _check(members, refusals, len(asked), max(1, simulated), settings)
+    nodes, together = tuple(sorted(wanted)), min(wanted.values(), default=1)
+    return Roster(dict(sorted(members.items())), tuple(refusals.values()), nodes, together)
 
 
 def _replies(grid: Grid, nodes: Iterable[int], arm: str) -> Iterable[tuple[int, Message]]:
@@ -114,7 +135,7 @@ def _replies(grid: Grid, nodes: Iterable[int], arm: str) -> Iterable[tuple[int, 
     yield from sorted(replies, key=lambda pair: pair[0])
 
 
-def _enter(members: dict[str, Member], node: int, reply: Message) -> int:
+def _enter(members: dict[str, Member], wanted: dict[int, int], node: int, reply: Message) -> int:
     """Enter a node's clients; returns how many nodes its simulation has, 0 for an institution."""
     record = reply.content[wire.CONFIG]
     for about in json.loads(str(record["clients"])):
@@ -131,19 +152,19 @@ def _enter(members: dict[str, Member], node: int, reply: Message) -> int:
             about["mix"],
             tuple(about["labels"]),
         )
-    nodes = record["nodes"]
-    return nodes if isinstance(nodes, int) else 0
+    nodes = int(str(record["nodes"]))
+    if nodes:
+        wanted[node] = max(1, int(str(record["together"])))
+    return nodes
 
 
-def _checked(
+def _check(
     members: dict[str, Member],
     refusals: dict[int, str],
     nodes: int,
     expected: int,
     settings: CoordinatorSettings,
-) -> Roster:
-    if not members and refusals:
-        raise _error_of(next(iter(refusals.values())))
+) -> None:
     reasons = "".join(f" A node refused: {reason}" for reason in refusals.values())
     if nodes < expected or len(members) < settings.minimum_clients:
         raise RunError(
@@ -152,15 +173,32 @@ def _checked(
             "the missing nodes, raise coordinator.wait_seconds or lower "
             "coordinator.minimum_clients."
         )
-    by_name = dict(sorted(members.items()))
-    first = next(iter(by_name.values()))
-    for member in by_name.values():
+    first = members[min(members)]
+    for _, member in sorted(members.items()):
         if member.labels != first.labels:
             raise RunError(f"'{first.name}' and '{member.name}' have different labels.")
-    return Roster(by_name, tuple(refusals.values()))
+
+
+def require_quorum(roster: Roster, cohort: Cohort, settings: CoordinatorSettings) -> None:
+    """Refuse what could only fail after the first round was trained.
+
+    Raises:
+        RecipeError: a round asks fewer clients than must reply, or nobody has test rows.
+    """
+    drawn = cohort.most(len(roster.members))
+    if settings.minimum_replies > drawn:
+        raise RecipeError(
+            f"coordinator.minimum_replies = {settings.minimum_replies}, but a round asks {drawn} "
+            "clients at most. Lower it, or ask more."
+        )
+    if not any(member.test_examples for member in roster.members.values()):
+        raise RecipeError(
+            "No client has test rows, so nothing could be reported. Give the source a test file, "
+            "or set data.test_fraction above 0."
+        )
 
 
 def _error_of(reason: str) -> FedTuneError:
     """A client's error under its own kind: a wrong recipe stays a wrong recipe."""
     kind, _, text = reason.partition(": ")
-    return RecipeError(text) if kind == "RecipeError" else RunError(f"Every node refused: {reason}")
+    return RecipeError(text) if kind == "RecipeError" else RunError(f"A node refused: {reason}")

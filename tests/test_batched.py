@@ -24,7 +24,7 @@ def test_the_batched_engine_gives_the_same_run(tiny: Experiment) -> None:
             e = tiny.replace(
                 name=f"{strategy}-{batched}".lower(), strategy=strategy, model__dtype="float64"
             )
-            grid = CohortGrid(client_app, e.flat(), batched=batched)
+            grid = CohortGrid(client_app, e.flat(), together=0 if batched else 1)
             server_app(grid, grid.server_context({"arms": ""}))
             folders.append(parts.folder_of(e))
         files = [sorted(f.rglob("*.safetensors")) for f in folders]
@@ -47,7 +47,7 @@ def test_a_failing_client_of_the_batched_engine_is_set_aside(
         return whole(self, address, received)
 
     monkeypatch.setattr(Client, "prepare", failing)
-    grid = CohortGrid(client_app, tiny.flat(), batched=True)
+    grid = CohortGrid(client_app, tiny.flat(), together=0)
     server_app(grid, grid.server_context({"arms": ""}))
     lines = (parts.folder_of(tiny) / "rounds.jsonl").read_text().splitlines()
     assert [len(json.loads(line)["rejected"]) for line in lines] == [0, 0, 1, 0]
@@ -56,7 +56,7 @@ def test_a_failing_client_of_the_batched_engine_is_set_aside(
 def test_what_cannot_be_trained_together_is_said_once(
     tiny: Experiment, caplog: pytest.LogCaptureFixture
 ) -> None:
-    grid = CohortGrid(client_app, tiny.replace(adapter__dora=True).flat(), batched=True)
+    grid = CohortGrid(client_app, tiny.replace(adapter__dora=True).flat(), together=0)
     server_app(grid, grid.server_context({"arms": ""}))
     told = [r for r in caplog.records if "one after another" in r.getMessage()]
     assert len(told) == 1

@@ -158,6 +158,14 @@ def test_a_wrong_recipe_is_one_line_and_exit_code_2(
     assert "Traceback" not in err
 
 
+def test_workers_are_refused_where_there_are_none(
+    tiny: Experiment, tmp_path: Path, fedtune
+) -> None:  # type: ignore
+    recipe = write_recipe(tiny, tmp_path)
+    code, _, err = fedtune("run", recipe, "--engine", "sequential", "--workers", "2")
+    assert (code, "'sequential' has no workers here" in err) == (2, True)
+
+
 def test_debug_shows_the_traceback(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "fedtune.cli", "run", "none.toml", "--debug"],

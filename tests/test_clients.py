@@ -10,12 +10,13 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from clients import personal
 from clients.app import app
 from clients.client import institution
-from clients.cohort import CohortGrid
+from clients.local import identified, identify
 from clients.policy import Policy
 from fedtune import parts, wire
 from fedtune.adapter import State
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError, RunError
+from fedtune.wire import Address
 
 Node = dict[str, bool | int | float | str]
 
@@ -84,14 +85,17 @@ def test_nothing_is_let_out_by_default() -> None:
     assert Policy.of({"client": "a", "shard": "a.jsonl"}) == Policy(False, False)
 
 
+def told(experiment: Experiment, node: Node, content: RecordDict, kind: str) -> Message:
+    """The reply of a node with this node-config to a message of this kind."""
+    identify()
+    context = Context(1, 7, node, RecordDict(), dict(experiment.flat()))
+    return app(identified(Message(content, 7, kind)), context)
+
+
 def asked(experiment: Experiment, node: Node) -> Message:
     """The reply of a node with this node-config to the roster's question."""
-    CohortGrid(app, experiment.flat())  # tells Flower which run this process belongs to
-    context = Context(1, 7, node, RecordDict(), dict(experiment.flat()))
     content = RecordDict({wire.CONFIG: ConfigRecord({"arm": ""})})
-    message = Message(content, 7, "query.describe")
-    message.metadata.__dict__["_message_id"] = "question"
-    return app(message, context)
+    return told(experiment, node, content, "query.describe")
 
 
 @pytest.fixture
@@ -142,3 +146,37 @@ def test_an_institutions_errors_do_not_tell_what_stood_in_a_row(
     with pytest.raises(RecipeError, match="Row 4: its label does not occur") as caught:
         asked(experiment, {**node, "shard": str(shard)})
     assert "4711" not in str(caught.value)
+
+
+def test_an_institution_takes_its_own_turn_only(hospital: tuple[Experiment, Node]) -> None:
+    """It wants one client a message; a bundle of several is refused, a stranger's turn too."""
+    experiment, node = hospital
+    assert asked(experiment, node).content[wire.CONFIG]["together"] == 1
+    turns = [
+        RecordDict({wire.CONFIG: Address(experiment.run_id, "", 1, name).record()})
+        for name in ("hospital", "bank")
+    ]
+    for kind in ("train.cohort", "evaluate.cohort"):
+        with pytest.raises(RecipeError, match="A message for 2 clients; an institution is one"):
+            told(experiment, node, wire.bundle(turns), kind)
+        (reply,) = wire.unbundle(told(experiment, node, wire.bundle(turns[1:]), kind).content)
+        assert "Client 'bank' is not here; here are hospital." in str(wire.fault_of(reply))
+
+
+def test_a_fault_in_a_bundle_does_not_tell_what_stood_in_a_row(
+    hospital: tuple[Experiment, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, node = hospital
+
+    def failing(*_: object) -> None:
+        raise KeyError("patient 4711 has the flu")
+
+    monkeypatch.setattr("clients.personal.load", failing)
+    for node_config, hidden in ((node, True), ({"partition-id": 0, "num-partitions": 1}, False)):
+        name = "hospital" if hidden else "north"
+        turn = RecordDict({wire.CONFIG: Address(experiment.run_id, "", 1, name).record()})
+        content = told(experiment, node_config, wire.bundle([turn]), "train.cohort").content
+        (reply,) = wire.unbundle(content)
+        fault = str(wire.fault_of(reply))
+        assert ("4711" in fault) != hidden
+        assert "KeyError" in fault

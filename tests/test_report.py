@@ -219,3 +219,16 @@ def test_an_unfinished_run_has_a_page_too(tmp_path: Path) -> None:
     page.write(run, tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert re.search(r"0 of\s+5 \(unfinished\)", text)
+
+
+def test_the_share_of_padding_is_told_where_clients_tell_it(folder: Path) -> None:
+    """Of 100 + 300 computed tokens 90 + 250 were real: 15 % padding."""
+    run = report.read(folder)
+    assert report.result(run).padding is None
+    run.records[1] = replace(run.records[1], tokens=[90.0, 100.0])
+    run.records[2] = replace(run.records[2], tokens=[250.0, 300.0])
+    result = report.result(run)
+    assert result.padding == pytest.approx(0.15)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(tables.of_result(result)[0])
+    assert "pooled test rows, padding 15%" in console.file.getvalue()  # type: ignore[attr-defined]

@@ -298,3 +298,26 @@ def test_what_cannot_be_stacked_is_trained_one_after_another(tiny_bert: Path) ->
     for job, outcome in zip(jobs, vectorized.train(model, task, jobs, train), strict=True):
         assert isinstance(outcome, Trained)
         assert difference(outcome.state, training.train(model, task, *job, train).state) == 0.0
+
+
+def test_tokens_are_counted_with_their_padding(tiny_llama: Path) -> None:
+    """Rows of 4 and 2, then of 3 tokens: 9 real ones; alone they take 2 x 4 + 3 = 11 places.
+
+    Beside a client with one row of 6 tokens, padded, they take 2 x 6 + 3 = 15; unpadded 9.
+    """
+    settings_ = ModelSettings(name=str(tiny_llama), device="cpu")
+    model = models.load(CausalLM(), settings_, AdapterSettings(rank=2), (), 0)
+    start, train = models.initial(model, 0), TrainSettings()
+    plan = Plan(start, frozenset(start["adapter"]))
+
+    def job(*batches: list[int]) -> Job:
+        rows = [[{"input_ids": [5] * n, "labels": [5] * n} for n in batch] for batch in batches]
+        return plan, Work(rows, [0.01] * len(rows), seed=0)
+
+    jobs = [job([4, 2], [3]), job([6])]
+    alone = [training.train(model, CausalLM(), *job, train) for job in jobs]
+    assert [(one.tokens, one.computed) for one in alone] == [(9, 11), (6, 6)]
+    for unpadded, expected in ((True, [(9, 9), (6, 6)]), (False, [(9, 15), (6, 6)])):
+        together = vectorized.train(model, CausalLM(), jobs, train, unpadded)
+        counted = [(one.tokens, one.computed) for one in together if isinstance(one, Trained)]
+        assert counted == expected

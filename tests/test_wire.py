@@ -15,13 +15,16 @@ from fedtune.adapter import State, digest, nbytes
 from fedtune.wire import (
     Address,
     RejectedError,
+    bundle,
     gate,
     gate_metrics,
+    gate_tokens,
     metrics_record,
     pack,
     samples_of,
     samples_record,
     size,
+    unbundle,
     unpack,
 )
 
@@ -255,3 +258,44 @@ def test_samples_are_read_back_and_others_left_out() -> None:
     for text in ("{", "3", '[["a", "b"], 7]', "null"):
         assert samples_of(RecordDict({"samples": ConfigRecord({"samples": text})})) == []
     assert samples_of(RecordDict({"samples": ConfigRecord({})})) == []
+
+
+@given(st.lists(st.lists(st.integers(0, 3), max_size=3, unique=True), max_size=5))
+def test_a_bundle_holds_each_record_once_and_gives_back_every_turn(turns: list[list[int]]) -> None:
+    """Turns are drawn from four records that they may share; groups are called by numbers."""
+    records = [pack({"g": {"A": torch.full((4,), float(i))}})["g"] for i in range(4)]
+    contents = [RecordDict({f"group-{i}": records[i] for i in turn}) for turn in turns]
+    bundled = bundle(contents)
+    used = {i for turn in turns for i in turn}
+    assert size(bundled) == sum(size(RecordDict({"g": records[i]})) for i in used)
+    back = unbundle(bundled)
+    assert [list(content) for content in back] == [list(content) for content in contents]
+    for content, turn in zip(back, turns, strict=True):
+        assert all(content[f"group-{i}"] is records[i] for i in turn)
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        [5.0, 4.0],
+        [-1.0, 4.0],
+        [float("nan"), 4.0],
+        [1.0, float("inf")],
+        [1.0],
+        [1.0, 2.0, 3.0],
+        7,
+    ],
+)
+def test_tokens_must_be_real_ones_among_computed_ones(tokens: object) -> None:
+    content = good()
+    content["metrics"]["num-tokens"] = tokens
+    with pytest.raises(RejectedError, match=r"E_SCHEMA.*num-tokens"):
+        gate_tokens(content)
+
+
+def test_tokens_are_optional_and_no_metric() -> None:
+    content = good()
+    assert gate_tokens(content) == [0.0, 0.0]
+    content["metrics"] = metrics_record({"loss": [2.5, 10.0]}, 10, [3.0, 4.0])
+    assert gate_tokens(content) == [3.0, 4.0]
+    assert gate_metrics(content, SENT, {"loss": 2}) == {"loss": [2.5, 10.0]}
