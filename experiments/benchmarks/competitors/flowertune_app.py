@@ -1,0 +1,128 @@
+"""ServerApp and ClientApp as Flower's public fine-tuning examples are built.
+
+For each train message: the base model from disk, a PEFT model, the received parameters, a
+transformers Trainer with a padding collator, and the trained parameters back. With the option
+`cached` the model is built once in each actor, and everything else stays. A client's encoded rows
+are kept in the actor in both.
+"""
+
+import functools
+import itertools
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
+
+from competitors import encoder
+from competitors.encoder import Classifier
+from competitors.job import Job, Result
+
+client = ClientApp()
+server = ServerApp()
+torch.set_num_threads(1)
+
+
+@functools.lru_cache(maxsize=1)
+def _rows(path: str) -> tuple[Any, dict[str, list[encoder.Example]]]:
+    job = Job.read(path)
+    tokenizer = encoder.tokenizer_of(job)
+    return tokenizer, encoder.shards(job, tokenizer)
+
+
+def _build(path: str) -> Classifier:
+    job = Job.read(path)
+    return encoder.build(job, len(encoder.labels_of(job)))
+
+
+_cached = functools.lru_cache(maxsize=1)(_build)
+
+
+def _put(model: Classifier, arrays: ArrayRecord) -> None:
+    tensors = arrays.to_torch_state_dict()
+    with torch.no_grad():
+        for name, parameter in encoder.trained(model).items():
+            parameter.copy_(tensors[name])
+
+
+def _arrays(model: Classifier) -> ArrayRecord:
+    return ArrayRecord({name: p.detach().clone() for name, p in encoder.trained(model).items()})
+
+
+@client.train()
+def train(message: Message, context: Context) -> Message:
+    """One client's epoch."""
+    path = str(context.run_config["job"])
+    job = Job.read(path)
+    tokenizer, held = _rows(path)
+    examples = held[list(held)[int(context.node_config["partition-id"])]]
+    model = (_cached if job.options["cached"] else _build)(path)
+    _put(model, message.content.array_records["arrays"])
+    arguments = TrainingArguments(
+        output_dir=str(Path(job.folder, "trainer")),
+        num_train_epochs=1,
+        per_device_train_batch_size=job.batch_size,
+        learning_rate=job.learning_rate,
+        lr_scheduler_type="constant",
+        max_grad_norm=encoder.MAX_GRAD_NORM,
+        weight_decay=0.0,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        remove_unused_columns=False,
+    )
+    trainer = Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=examples,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    loss = trainer.train().training_loss
+    metrics = MetricRecord({"num-examples": len(examples), "train_loss": float(loss)})
+    content = RecordDict({"arrays": _arrays(model), "metrics": metrics})
+    return Message(content, reply_to=message)
+
+
+@server.main()
+def main(grid: Grid, context: Context) -> None:
+    """FedAvg over all clients; the time of each round, and the trained model's test loss."""
+    path = str(context.run_config["job"])
+    job = Job.read(path)
+    tokenizer, held = _rows(path)
+    model = _build(path)
+    while len(list(grid.get_node_ids())) < len(held):
+        time.sleep(0.2)
+    stamps: list[float] = []
+
+    def stamp(number: int, arrays: ArrayRecord) -> None:
+        stamps.append(time.time())
+
+    count = len(held)
+    strategy = FedAvg(fraction_evaluate=0.0, min_train_nodes=count, min_available_nodes=count)
+    done = strategy.start(
+        grid=grid, initial_arrays=_arrays(model), num_rounds=job.rounds, evaluate_fn=stamp
+    )
+    told = done.train_metrics_clientapp
+    if len(told) != job.rounds:
+        raise RuntimeError(f"{len(told)} of {job.rounds} rounds had replies")
+    loss = told[job.rounds]["train_loss"]
+    assert isinstance(loss, float)
+    _put(model, done.arrays)
+    test_loss, accuracy = encoder.evaluate(model, encoder.shards(job, tokenizer, "test"))
+    result = Result(
+        stamps[0],
+        [after - before for before, after in itertools.pairwise(stamps)],
+        sum(len(rows) for rows in held.values()),
+        loss,
+        test_loss,
+        accuracy,
+    )
+    result.write(Path(path).with_name("result.json"))

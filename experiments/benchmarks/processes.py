@@ -1,0 +1,118 @@
+"""One command and everything it starts, measured from outside."""
+
+import os
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+EVERY_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a command cost.
+
+    Attributes:
+        started: seconds of the Unix epoch.
+        seconds: from its start to its end.
+        peak_bytes: most memory of all its processes at once; shared pages count once (PSS) where
+            the system tells.
+        cpu_seconds: of all its processes, as last seen before their ends.
+        code: its exit code, None where it ran too long and was ended.
+    """
+
+    started: float
+    seconds: float
+    peak_bytes: int
+    cpu_seconds: float
+    code: int | None
+
+
+class _Tree:
+    """A process and its descendants, those too whose parent has ended since."""
+
+    def __init__(self, root: int) -> None:
+        self.seen: dict[int, psutil.Process] = {root: psutil.Process(root)}
+        self.cpu: dict[int, float] = {}
+
+    def sample(self) -> int:
+        """Look at all of them; returns the memory they hold now."""
+        for process in list(self.seen.values()):
+            try:
+                for child in process.children(recursive=True):
+                    self.seen.setdefault(child.pid, child)
+            except psutil.Error:
+                continue
+        held = 0
+        for pid, process in list(self.seen.items()):
+            try:
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    continue
+                memory = process.memory_full_info()
+                held += getattr(memory, "pss", memory.rss)
+                times = process.cpu_times()
+                self.cpu[pid] = times.user + times.system
+            except psutil.Error:
+                continue
+        return held
+
+    def end(self) -> None:
+        """End what is left of it."""
+        for process in reversed(list(self.seen.values())):
+            try:
+                if process.is_running():  # and still the same process, not another of its number
+                    process.kill()
+            except psutil.Error:
+                continue
+
+
+def measure(
+    command: list[str], environment: dict[str, str], folder: Path, log: Path, limit: float
+) -> Measured:
+    """Run the command in `folder` to its end, and end whatever it leaves behind.
+
+    Args:
+        command: a program and its arguments.
+        environment: all of it.
+        folder: its working directory.
+        log: where its output goes.
+        limit: seconds after which it is ended.
+    """
+    with log.open("wb") as output:
+        started, clock = time.time(), time.perf_counter()
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
+        tree, peak, code = _Tree(process.pid), 0, None
+        try:
+            while code is None and time.perf_counter() - clock < limit:
+                peak = max(peak, tree.sample())
+                try:
+                    code = process.wait(timeout=EVERY_SECONDS)
+                except subprocess.TimeoutExpired:
+                    code = None
+            seconds = time.perf_counter() - clock
+        finally:
+            tree.end()
+            process.wait()
+    return Measured(started, seconds, peak, sum(tree.cpu.values()), code)
+
+
+def environment(modules: Path) -> dict[str, str]:
+    """This process's environment, one thread a process, no network, `modules` importable."""
+    path = [str(modules), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "RAY_USAGE_STATS_ENABLED": "0",
+    }
