@@ -6,6 +6,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import psutil
 
 EVERY_SECONDS = 0.5
@@ -20,15 +21,20 @@ class Measured:
         seconds: from its start to its end.
         peak_bytes: most memory of all its processes at once; shared pages count once (PSS) where
             the system tells.
-        cpu_seconds: of all its processes, as last seen before their ends.
+        cpu: (seconds of the Unix epoch, CPU seconds of all its processes until then), as sampled.
         code: its exit code, None where it ran too long and was ended.
     """
 
     started: float
     seconds: float
     peak_bytes: int
-    cpu_seconds: float
+    cpu: tuple[tuple[float, float], ...]
     code: int | None
+
+    def cpu_at(self, moment: float) -> float:
+        """CPU seconds spent until a moment, between samples in proportion."""
+        times, spent = zip(*self.cpu, strict=True)
+        return float(np.interp(moment, times, spent))
 
 
 class _Tree:
@@ -87,9 +93,11 @@ def measure(
             command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         tree, peak, code = _Tree(process.pid), 0, None
+        cpu = [(started, 0.0)]
         try:
             while code is None and time.perf_counter() - clock < limit:
                 peak = max(peak, tree.sample())
+                cpu.append((time.time(), sum(tree.cpu.values())))
                 try:
                     code = process.wait(timeout=EVERY_SECONDS)
                 except subprocess.TimeoutExpired:
@@ -98,7 +106,7 @@ def measure(
         finally:
             tree.end()
             process.wait()
-    return Measured(started, seconds, peak, sum(tree.cpu.values()), code)
+    return Measured(started, seconds, peak, tuple(cpu), code)
 
 
 def environment(modules: Path) -> dict[str, str]:

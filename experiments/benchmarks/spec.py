@@ -74,6 +74,11 @@ class Competitor:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     alone: bool = False
 
+    @property
+    def starts_anywhere(self) -> bool:
+        """Whether it can be told what to begin with, and needs to be."""
+        return self.module not in ("fedtune_run", "centralized", "floor")
+
 
 COMPETITORS = {
     "fedtune-batched": Competitor("fedtune_run", "FedTune batched", {"engine": "batched"}),

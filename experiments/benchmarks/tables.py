@@ -11,12 +11,13 @@ Run = Mapping[str, Any]
 AGREE = 0.05  # of the final training loss: how far equal work may lie apart
 
 
-def steady(run: Run) -> float:
+def steady(run: Run, measure: str = "rounds") -> float:
     """Median seconds of a round, without the first and, where there are three, the last.
 
-    The first warms up; in the last one FedTune evaluates.
+    The first warms up; in the last one FedTune evaluates. With "cpu_rounds" CPU seconds of all
+    processes, which other load on the machine changes less.
     """
-    seconds = run["rounds"]
+    seconds = run[measure]
     kept: list[float] = seconds[1:-1] or seconds[1:] or seconds
     return statistics.median(kept) if kept else math.nan
 
@@ -55,8 +56,8 @@ def line(run: Run) -> str:
         return f"{name}: {_brief(run)}"
     return (
         f"{name}: {steady(run):.2f} s a round, start-up {run['startup']:.1f} s, "
-        f"total {run['total']:.1f} s, {run['peak_bytes'] / 1e9:.2f} GB, "
-        f"loss {run['train_loss']:.3f}"
+        f"total {run['total']:.1f} s, CPU {run['cpu_seconds']:.0f} s, "
+        f"{run['peak_bytes'] / 1e9:.2f} GB, loss {run['train_loss']:.3f}"
     )
 
 
@@ -177,7 +178,7 @@ def _workload(results: Mapping[str, Any], name: str) -> list[str]:
         f"{size['batch_size']} rows, at most {size['tokens']} tokens a row, {runs[0]['tokens']:,} "
         "tokens a round.",
         "",
-        "| competitor | round, s | first, s | start-up, s | command, s | CPU, s | memory, GB "
+        "| competitor | round, s | CPU, s | first, s | start-up, s | command, s | memory, GB "
         "| tokens/s | train loss | test loss | accuracy |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -203,7 +204,6 @@ def _row(competitor: str, done: Sequence[Run]) -> str:
                 spread([run["rounds"][0] for run in federated]),
                 spread([run["startup"] for run in done], 1),
                 spread([run["total"] for run in done], 1),
-                spread([run["cpu_seconds"] for run in done], 0),
                 spread([run["peak_bytes"] / 1e9 for run in done]),
                 spread([rate(run) for run in done], 0),
                 spread([run["train_loss"] for run in federated], 3),

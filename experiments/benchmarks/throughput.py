@@ -10,10 +10,12 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,24 +92,50 @@ def _planned(options: Options) -> Iterator[tuple[str, int, Size, tuple[str, ...]
             yield name, x, size, chosen
 
 
-def _measured(name: str, size: Size, rows_in: Path, options: Options) -> dict[str, Any]:
+def _job(size: Size, inputs: Path, folder: Path, cores: int) -> Job:
+    """The work of a size on the rows, and from the start, that lie in `inputs`."""
+    start = inputs / "start.safetensors"
+    return Job(
+        model=spec.ENCODER,
+        train=str(inputs / "train.jsonl"),
+        test=str(inputs / "test.jsonl"),
+        rounds=size.rounds,
+        batch_size=size.batch_size,
+        max_length=size.tokens,
+        learning_rate=size.learning_rate,
+        top_layers=size.top_layers,
+        processes=cores,
+        folder=str(folder),
+        start=str(start) if start.exists() else "",
+    )
+
+
+def _prepare(inputs: Path, size: Size, chosen: Sequence[str]) -> None:
+    """Write what the competitors begin with, where one of them must be told."""
+    if not any(COMPETITORS[name].starts_anywhere for name in chosen):
+        return
+    _job(size, inputs, inputs, 1).write(inputs / "start.json")
+    command = [sys.executable, "-m", "competitors.start", str(inputs / "start.json")]
+    done = subprocess.run(
+        [*command, str(inputs / "start.safetensors")],
+        env=processes.environment(HERE),
+        cwd=inputs,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode and "SkippedError" not in done.stderr:
+        raise RuntimeError(f"FedTune's initial tensors could not be had: {done.stderr[-3000:]}")
+
+
+def _measured(name: str, size: Size, inputs: Path, options: Options) -> dict[str, Any]:
     """One competitor at one size: its own result and what was seen from outside."""
     competitor = COMPETITORS[name]
     with tempfile.TemporaryDirectory(prefix="bench-") as text:
         folder = Path(text)
-        job = Job(
-            model=spec.ENCODER,
-            train=str(rows_in / "train.jsonl"),
-            test=str(rows_in / "test.jsonl"),
-            rounds=size.rounds,
-            batch_size=size.batch_size,
-            max_length=size.tokens,
-            learning_rate=size.learning_rate,
-            top_layers=size.top_layers,
-            processes=1 if competitor.alone else options.cores,
-            folder=text,
-            options={**competitor.options, "profile": options.profile},
-        )
+        job = _job(size, inputs, folder, 1 if competitor.alone else options.cores)
+        told = {**competitor.options, "profile": options.profile}
+        job = dataclasses.replace(job, options=told)
         job.write(folder / "job.json")
         command = [sys.executable, "-m", f"competitors.{competitor.module}"]
         seen = processes.measure(
@@ -126,12 +154,15 @@ def _measured(name: str, size: Size, rows_in: Path, options: Options) -> dict[st
     if "skipped" in answer:
         return answer
     began = answer.pop("began")
+    ends = [began + offset for offset in itertools.accumulate(answer["rounds"], initial=0.0)]
+    spent = [seen.cpu_at(moment) for moment in ends]
     return {
         **answer,
         "startup": began - seen.started,
         "total": seen.seconds,
         "peak_bytes": seen.peak_bytes,
-        "cpu_seconds": seen.cpu_seconds,
+        "cpu_seconds": seen.cpu[-1][1],
+        "cpu_rounds": [after - before for before, after in itertools.pairwise(spent)],
         "processes": job.processes,
     }
 
@@ -155,6 +186,7 @@ def run(options: Options) -> dict[str, Any]:
                 _say(f"{name}: skipped: {error}")
                 results["skipped"].append({"workload": name, "reason": str(error)})
                 continue
+            _prepare(folder, size, competitors)
             planned.append((name, x, size, competitors, folder, count, tokens))
         for repetition in range(options.repeat):
             for name, x, size, competitors, folder, count, tokens in planned:

@@ -6,13 +6,14 @@ of rank 8 on query and value through PEFT; AdamW at a constant rate, gradients c
 
 import importlib.util
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer
 
@@ -43,9 +44,6 @@ class Classifier(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.head = nn.Linear(width, labels)
-        # As FedTune draws it, so that losses are comparable from the first step.
-        nn.init.normal_(self.head.weight, std=width**-0.5)
-        nn.init.zeros_(self.head.bias)
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, labels: Tensor | None = None
@@ -61,7 +59,7 @@ class Classifier(nn.Module):
 
 
 def build(job: Job, labels: int) -> Classifier:
-    """The base model from disk with a fresh adapter and head, the same at every call."""
+    """The base model from disk with the adapter and head that all begin with."""
     path = folder_of(job.model)
     config = AutoConfig.from_pretrained(path)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = 0.0
@@ -76,7 +74,25 @@ def build(job: Job, labels: int) -> Classifier:
         target_modules=TARGETS,
         layers_to_transform=top,
     )
-    return Classifier(get_peft_model(base, adapter), config.hidden_size, labels)
+    model = Classifier(get_peft_model(base, adapter), config.hidden_size, labels)
+    if job.start:
+        put(model, load_file(job.start), _saved_name)
+    return model
+
+
+def _saved_name(name: str) -> str:
+    """A parameter's name in a PEFT folder of FedTune's."""
+    if name.startswith("head."):
+        return name.replace("head.", "base_model.model.classifier.")
+    name = name.replace("encoder.base_model.model.", "base_model.model.backbone.", 1)
+    return name.replace(".default.", ".")
+
+
+def put(model: nn.Module, tensors: Mapping[str, Tensor], key: Callable[[str], str] = str) -> None:
+    """Copy a tensor into every trained parameter; `key` makes its name from the parameter's."""
+    with torch.no_grad():
+        for name, parameter in trained(model).items():
+            parameter.copy_(tensors[key(name)])
 
 
 def tokenizer_of(job: Job) -> Any:

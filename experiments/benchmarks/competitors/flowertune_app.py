@@ -43,13 +43,6 @@ def _build(path: str) -> Classifier:
 _cached = functools.lru_cache(maxsize=1)(_build)
 
 
-def _put(model: Classifier, arrays: ArrayRecord) -> None:
-    tensors = arrays.to_torch_state_dict()
-    with torch.no_grad():
-        for name, parameter in encoder.trained(model).items():
-            parameter.copy_(tensors[name])
-
-
 def _arrays(model: Classifier) -> ArrayRecord:
     return ArrayRecord({name: p.detach().clone() for name, p in encoder.trained(model).items()})
 
@@ -62,7 +55,7 @@ def train(message: Message, context: Context) -> Message:
     tokenizer, held = _rows(path)
     examples = held[list(held)[int(context.node_config["partition-id"])]]
     model = (_cached if job.options["cached"] else _build)(path)
-    _put(model, message.content.array_records["arrays"])
+    encoder.put(model, message.content.array_records["arrays"].to_torch_state_dict())
     arguments = TrainingArguments(
         output_dir=str(Path(job.folder, "trainer")),
         num_train_epochs=1,
@@ -115,7 +108,7 @@ def main(grid: Grid, context: Context) -> None:
         raise RuntimeError(f"{len(told)} of {job.rounds} rounds had replies")
     loss = told[job.rounds]["train_loss"]
     assert isinstance(loss, float)
-    _put(model, done.arrays)
+    encoder.put(model, done.arrays.to_torch_state_dict())
     test_loss, accuracy = encoder.evaluate(model, encoder.shards(job, tokenizer, "test"))
     result = Result(
         stamps[0],

@@ -27,6 +27,7 @@ class Job:
         top_layers: how many upper layers have adapters; 0 is all.
         processes: how many may work at once, one torch thread each.
         folder: where a competitor may write.
+        start: a file of the tensors that all begin with, see start.py; "" where there is none.
         options: what makes it this competitor.
     """
 
@@ -40,6 +41,7 @@ class Job:
     top_layers: int
     processes: int
     folder: str
+    start: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
     @classmethod

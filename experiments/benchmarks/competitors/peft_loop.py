@@ -32,21 +32,17 @@ def _work(link: Connection, job: Job, number: int) -> None:
     start = {name: p.detach().numpy().copy() for name, p in live.items()}
     link.send((start, sum(len(rows) for rows in held.values())))
 
-    def put(tensors: Tensors) -> None:
-        with torch.no_grad():
-            for name, parameter in live.items():
-                parameter.copy_(torch.from_numpy(tensors[name]))
-
     while (order := link.recv()) is not None:
-        action, tensors = order
-        put(tensors)
+        action, sent = order
+        tensors = {name: torch.from_numpy(values) for name, values in sent.items()}
+        encoder.put(model, tensors)
         if action == "evaluate":
             link.send(encoder.evaluate(model, encoder.shards(job, tokenizer, "test")))
             continue
         sums = {name: np.zeros(p.shape) for name, p in live.items()}
         loss = 0.0
         for client in mine:
-            put(tensors)
+            encoder.put(model, tensors)
             weight = len(held[client])
             loss += weight * encoder.train(model, held[client], job, draws)
             for name, parameter in live.items():
