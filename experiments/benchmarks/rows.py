@@ -9,7 +9,6 @@ from typing import Any
 from spec import Size
 
 DATA = Path(__file__).resolve().parents[2] / "data"
-SPECIAL = 2  # tokens that a BERT tokenizer adds to a row
 CLASSES = 4
 MARKS = 8  # how often a row says its label: enough to learn it in a few steps
 NOISE = 0.25  # rows that say another label, so that losses end near one value and can be compared
@@ -51,7 +50,7 @@ def _made(size: Size, tokenizer: Any) -> tuple[list[Row], list[Row]]:
     words = sorted(w for w in tokenizer.get_vocab() if w.isascii() and w.isalpha() and w.islower())
     draw.shuffle(words)
     marks, words = words[:CLASSES], words[CLASSES : CLASSES + 5000]
-    length = size.tokens - SPECIAL
+    length = size.tokens - len(tokenizer("")["input_ids"])
     times = min(MARKS, length // 2)
 
     def row(client: int) -> Row:

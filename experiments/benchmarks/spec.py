@@ -24,6 +24,7 @@ class Size:
         test_rows: of a client.
         learning_rate: of AdamW, constant.
         top_layers: how many upper layers have adapters; 0 is all.
+        device: "cpu", or "cuda": a random Llama in bfloat16 instead of the encoder.
     """
 
     clients: int = 20
@@ -37,6 +38,7 @@ class Size:
     test_rows: int = 1
     learning_rate: float = 2e-3
     top_layers: int = 0
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,7 @@ COMPETITORS = {
     "flowertune-cached": Competitor("flowertune", "the same, model cached", {"cached": True}),
     "pfl": Competitor("pfl_research", "pfl-research, a process a core"),
     "pfl-1": Competitor("pfl_research", "pfl-research, one process", alone=True),
+    "peft-causal": Competitor("causal_loop", "PEFT loop, one process", alone=True),
     "floor": Competitor("floor", "matrix products alone", {"width": 384}),
 }
 
@@ -114,6 +117,7 @@ EVERYBODY = (
 )
 FEDERATED = ("fedtune-batched", "fedtune-grouped", "peft", "flowertune", "pfl")
 LIGHT = Size(rows=4, batch_size=4, tokens=32, rounds=6)
+GPU = Size(tokens=512, rounds=4, learning_rate=1e-4, device="cuda")
 
 
 def _real(data: str, rounds: int, **changes: Any) -> Workload:
@@ -150,8 +154,23 @@ WORKLOADS = {
         ("fedtune-batched", "peft", "pfl"),
         "clients trained",
     ),
+    "gpu-clients": Workload(
+        "One row a step on a GPU, 1.2 billion parameters",
+        {n: dataclasses.replace(GPU, clients=n, batch_size=1, rows=2) for n in (1, 4, 16, 64)},
+        ("fedtune-batched", "peft-causal"),
+        "clients a round",
+    ),
+    "gpu-microbatch": Workload(
+        "16 clients on a GPU, 1.2 billion parameters",
+        {n: dataclasses.replace(GPU, clients=16, batch_size=n, rows=2 * n) for n in (1, 4, 16)},
+        ("fedtune-batched", "peft-causal"),
+        "rows of a client's step",
+    ),
 }
-DEFAULT = ("fixed", "light", "many", "microbatch", "memory")
+
+
+# What takes about 25 minutes on two cores.
+DEFAULT = ("fixed", "light", "many", "memory")
 
 
 def quick(size: Size) -> Size:

@@ -23,10 +23,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+from transformers import AutoTokenizer
+
+import llama
+import plots
 import processes
 import rows
 import spec
 import tables
+from competitors import encoder
 from competitors.job import Job
 from spec import COMPETITORS, WORKLOADS, Size
 
@@ -95,8 +101,9 @@ def _planned(options: Options) -> Iterator[tuple[str, int, Size, tuple[str, ...]
 def _job(size: Size, inputs: Path, folder: Path, cores: int) -> Job:
     """The work of a size on the rows, and from the start, that lie in `inputs`."""
     start = inputs / "start.safetensors"
+    causal = size.device != "cpu"
     return Job(
-        model=spec.ENCODER,
+        model=str(inputs / "model") if causal else spec.ENCODER,
         train=str(inputs / "train.jsonl"),
         test=str(inputs / "test.jsonl"),
         rounds=size.rounds,
@@ -106,14 +113,34 @@ def _job(size: Size, inputs: Path, folder: Path, cores: int) -> Job:
         top_layers=size.top_layers,
         processes=cores,
         folder=str(folder),
+        task="causal_lm" if causal else "classification",
+        dtype="bfloat16" if causal else "float32",
+        # Without a GPU only --quick gets this far, to see that the code runs.
+        device=size.device if torch.cuda.is_available() else "cpu",
         start=str(start) if start.exists() else "",
     )
 
 
-def _prepare(inputs: Path, size: Size, chosen: Sequence[str]) -> None:
-    """Write what the competitors begin with, where one of them must be told."""
-    if not any(COMPETITORS[name].starts_anywhere for name in chosen):
-        return
+def _prepare(inputs: Path, size: Size, chosen: Sequence[str], tiny: bool) -> tuple[int, int]:
+    """Write rows, a random model, and what all begin with; returns (training rows, their tokens).
+
+    Raises:
+        MissingError: the data set or the device is not here.
+    """
+    path = encoder.folder_of(spec.ENCODER)
+    if size.device != "cpu":
+        if not (torch.cuda.is_available() or tiny):
+            raise rows.MissingError("it needs a CUDA device")
+        path = str(inputs / "model")
+        llama.write(inputs / "model", tiny)
+    counted = rows.write(inputs, size, AutoTokenizer.from_pretrained(path))
+    if any(COMPETITORS[name].starts_anywhere for name in chosen):
+        _start(inputs, size)
+    return counted
+
+
+def _start(inputs: Path, size: Size) -> None:
+    """Write the tensors that all begin with, where this FedTune can make them."""
     _job(size, inputs, inputs, 1).write(inputs / "start.json")
     command = [sys.executable, "-m", "competitors.start", str(inputs / "start.json")]
     done = subprocess.run(
@@ -133,7 +160,8 @@ def _measured(name: str, size: Size, inputs: Path, options: Options) -> dict[str
     competitor = COMPETITORS[name]
     with tempfile.TemporaryDirectory(prefix="bench-") as text:
         folder = Path(text)
-        job = _job(size, inputs, folder, 1 if competitor.alone else options.cores)
+        alone = competitor.alone or size.device != "cpu"
+        job = _job(size, inputs, folder, 1 if alone else options.cores)
         told = {**competitor.options, "profile": options.profile}
         job = dataclasses.replace(job, options=told)
         job.write(folder / "job.json")
@@ -169,11 +197,6 @@ def _measured(name: str, size: Size, inputs: Path, options: Options) -> dict[str
 
 def run(options: Options) -> dict[str, Any]:
     """All measurements; the results file is rewritten after each."""
-    from transformers import AutoTokenizer
-
-    from competitors import encoder
-
-    tokenizer = AutoTokenizer.from_pretrained(encoder.folder_of(spec.ENCODER))
     chosen = {key: str(v) if isinstance(v, Path) else v for key, v in vars(options).items()}
     results: dict[str, Any] = {"machine": machine(), "options": chosen, "runs": [], "skipped": []}
     planned = []
@@ -181,13 +204,13 @@ def run(options: Options) -> dict[str, Any]:
         for number, (name, x, size, competitors) in enumerate(_planned(options)):
             folder = Path(text, str(number))
             try:
-                count, tokens = rows.write(folder, size, tokenizer)
+                count, tokens = _prepare(folder, size, competitors, options.quick)
             except rows.MissingError as error:
-                _say(f"{name}: skipped: {error}")
-                results["skipped"].append({"workload": name, "reason": str(error)})
+                _say(f"{name} {x or ''}: skipped: {error}")
+                results["skipped"].append({"workload": name, "x": x, "reason": str(error)})
                 continue
-            _prepare(folder, size, competitors)
             planned.append((name, x, size, competitors, folder, count, tokens))
+        _write(options.output, results)
         for repetition in range(options.repeat):
             for name, x, size, competitors, folder, count, tokens in planned:
                 for competitor in competitors:
@@ -221,8 +244,6 @@ def _write(folder: Path, results: Mapping[str, Any]) -> None:
 
 def report(folder: Path) -> None:
     """Tables and plots of the results in a folder."""
-    import plots
-
     results = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     text = tables.markdown(results)
     (folder / "results.md").write_text(text, encoding="utf-8")

@@ -16,6 +16,8 @@ from typing import Any
 
 from competitors.job import Job, Result, SkippedError, main
 
+TARGETS = {"classification": "query,value", "causal_lm": "q_proj,v_proj"}
+
 
 class _Clock(logging.Handler):
     """When each round began and when the last was committed, told by FedTune's log."""
@@ -57,12 +59,14 @@ def experiment_of(job: Job) -> Any:
         name="benchmark",
         output=str(Path(job.folder, "runs")),
         rounds=job.rounds,
+        task=job.task,
         model__name=job.model,
-        model__device="cpu",
+        model__dtype=job.dtype,
+        model__device=job.device,
         model__max_length=job.max_length,
         adapter__rank=8,
         adapter__alpha=16.0,
-        adapter__target_modules="query,value",
+        adapter__target_modules=TARGETS[job.task],
         data__source=f"jsonl(train='{job.train}', test='{job.test}')",
         data__partition="by_column(column='client')",
         data__minimum=1,
@@ -92,7 +96,9 @@ def compete(job: Job) -> Result:
     folder = Path(experiment.output, experiment.name)
     lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
     last = json.loads(lines[-1])
-    loss, rows = _ratio(last["train"].values(), "loss")
+    loss, count = _ratio(last["train"].values(), "loss")
+    # A language model's loss is counted by its tokens but the first of a row.
+    rows = count if job.task == "classification" else count // (job.max_length - 1)
     if last["rejected"]:
         raise RuntimeError(f"replies were set aside: {last['rejected']}")
     tests = last["evaluation"]["own"].values()
@@ -101,15 +107,13 @@ def compete(job: Job) -> Result:
         from competitors import profile
 
         more["profile"] = profile.summary(clock.profile)
-    return Result(
-        clock.began[1],
-        clock.rounds(),
-        rows,
-        loss,
-        _ratio(tests, "loss")[0],
-        _ratio(tests, "accuracy")[0],
-        more,
-    )
+    if job.device == "cuda":
+        import torch
+
+        more["device_bytes"] = torch.cuda.max_memory_allocated()
+    accuracy = _ratio(tests, "accuracy")[0] if job.task == "classification" else 0.0
+    test_loss = _ratio(tests, "loss")[0]
+    return Result(clock.began[1], clock.rounds(), rows, loss, test_loss, accuracy, more)
 
 
 def _ratio(clients: Any, metric: str) -> tuple[float, int]:

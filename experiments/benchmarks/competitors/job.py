@@ -27,6 +27,9 @@ class Job:
         top_layers: how many upper layers have adapters; 0 is all.
         processes: how many may work at once, one torch thread each.
         folder: where a competitor may write.
+        task: classification or causal_lm.
+        dtype: of the frozen base.
+        device: cpu or cuda.
         start: a file of the tensors that all begin with, see start.py; "" where there is none.
         options: what makes it this competitor.
     """
@@ -41,6 +44,9 @@ class Job:
     top_layers: int
     processes: int
     folder: str
+    task: str = "classification"
+    dtype: str = "float32"
+    device: str = "cpu"
     start: str = ""
     options: dict[str, Any] = field(default_factory=dict)
 
