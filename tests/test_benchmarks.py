@@ -86,6 +86,8 @@ def test_unequal_work_is_named(modules: dict[str, ModuleType]) -> None:
     text = modules["tables"].markdown(results)
     assert "loss of pfl (fixed) lies 10% from the median" in text
     assert text.count("from the median") == 1
+    header, *others = [line.count("|") for line in text.splitlines() if line.startswith("|")]
+    assert others == [header] * 4
 
 
 @pytest.mark.parametrize("top", [0, 2])

@@ -126,4 +126,6 @@ def environment(modules: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # By default Ray's actors yield to every other process, which nobody else here does.
+        "RAY_worker_niceness": "0",
     }
