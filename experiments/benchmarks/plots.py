@@ -75,11 +75,11 @@ def _curves(name: str, runs: Sequence[Run]) -> Any:
         ticks = sorted({run["x"] for run in runs})
         axes.set_xticks(ticks, [str(tick) for tick in ticks])
         axes.minorticks_off()
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.set_xlabel(WORKLOADS[name].axis)
         axes.set_ylabel(label)
         axes.spines[["top", "right"]].set_visible(False)
-    panels[0][0].legend(frameon=False)
+    panels[0][0].legend(frameon=False, loc="lower center")
     figure.suptitle(f"{name}: {WORKLOADS[name].question}")
     return figure
 
