@@ -179,7 +179,7 @@ def test_every_competitor_does_the_same_work(tmp_path: Path) -> None:
     _require_encoder()
     pytest.importorskip("pfl")
     pytest.importorskip("ray")
-    names = "fedtune-batched,fedtune-sequential,peft,peft-1,pfl,flowertune,flowertune-cached"
+    names = "fedtune-batched,fedtune-sequential,peft,peft-1,pfl,flowertune,flowertune-plain"
     runs = _throughput(tmp_path, "--only", "light", "--competitors", names)
     assert [run["competitor"] for run in runs] == names.split(",")
     for key in ("train_loss", "test_loss"):

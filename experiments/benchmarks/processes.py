@@ -10,7 +10,7 @@ import numpy as np
 import psutil
 
 EVERY_SECONDS = 0.5
-SHARE = 0.03  # of a core that looking may cost: shared pages of many processes are slow to count
+SHARE = 0.03  # of a core that counting memory may cost: shared pages are slow to count
 
 
 @dataclass(frozen=True)
@@ -45,23 +45,30 @@ class _Tree:
         self.seen: dict[int, psutil.Process] = {root: psutil.Process(root)}
         self.cpu: dict[int, float] = {}
 
-    def sample(self) -> int:
-        """Look at all of them; returns the memory they hold now."""
+    def look(self) -> float:
+        """Find new descendants; returns the CPU seconds of all until now."""
         for process in list(self.seen.values()):
             try:
                 for child in process.children(recursive=True):
                     self.seen.setdefault(child.pid, child)
             except psutil.Error:
                 continue
-        held = 0
-        for pid, process in list(self.seen.items()):
+        for pid, process in self.seen.items():
             try:
-                if process.status() == psutil.STATUS_ZOMBIE:
-                    continue
-                memory = process.memory_full_info()
-                held += getattr(memory, "pss", memory.rss)
                 times = process.cpu_times()
                 self.cpu[pid] = times.user + times.system
+            except psutil.Error:
+                continue
+        return sum(self.cpu.values())
+
+    def memory(self) -> int:
+        """Bytes that all of them hold now."""
+        held = 0
+        for process in self.seen.values():
+            try:
+                if process.status() != psutil.STATUS_ZOMBIE:
+                    memory = process.memory_full_info()
+                    held += getattr(memory, "pss", memory.rss)
             except psutil.Error:
                 continue
         return held
@@ -94,15 +101,16 @@ def measure(
             command, cwd=folder, env=environment, stdout=output, stderr=subprocess.STDOUT
         )
         tree, peak, code = _Tree(process.pid), 0, None
-        cpu = [(started, 0.0)]
+        cpu, due = [(started, 0.0)], 0.0
         try:
             while code is None and time.perf_counter() - clock < limit:
-                before = time.thread_time()
-                peak = max(peak, tree.sample())
-                pause = max(EVERY_SECONDS, (time.thread_time() - before) / SHARE)
-                cpu.append((time.time(), sum(tree.cpu.values())))
+                cpu.append((time.time(), tree.look()))
+                if time.monotonic() >= due:
+                    before = time.thread_time()
+                    peak = max(peak, tree.memory())
+                    due = time.monotonic() + (time.thread_time() - before) / SHARE
                 try:
-                    code = process.wait(timeout=min(pause, limit))
+                    code = process.wait(timeout=EVERY_SECONDS)
                 except subprocess.TimeoutExpired:
                     code = None
             seconds = time.perf_counter() - clock

@@ -97,8 +97,15 @@ COMPETITORS = {
         "centralized LoRA, best batch size, a process a core",
         {"batch_sizes": [4, 8, 16, 32, 64], "seconds": 4.0},
     ),
-    "flowertune": Competitor("flowertune", "FlowerTune pattern on Ray", {"cached": False}),
-    "flowertune-cached": Competitor("flowertune", "the same, model cached", {"cached": True}),
+    "flowertune": Competitor(
+        "flowertune", "FlowerTune pattern on Ray", {"cached": False, "plain": False}
+    ),
+    "flowertune-cached": Competitor(
+        "flowertune", "the same, model cached", {"cached": True, "plain": False}
+    ),
+    "flowertune-plain": Competitor(
+        "flowertune", "the same, a plain loop for the Trainer", {"cached": True, "plain": True}
+    ),
     "pfl": Competitor("pfl_research", "pfl-research, a process a core"),
     "pfl-1": Competitor("pfl_research", "pfl-research, one process", alone=True),
     "peft-causal": Competitor("causal_loop", "PEFT loop, one process", alone=True),
@@ -112,6 +119,7 @@ EVERYBODY = (
     "centralized",
     "flowertune",
     "flowertune-cached",
+    "flowertune-plain",
     "pfl",
     "floor",
 )
@@ -205,6 +213,7 @@ class Target:
 TARGETS = (
     Target("fixed", "flowertune", 2.3),
     Target("fixed", "flowertune-cached", 1.6),
+    Target("fixed", "flowertune-plain", 1.6),
     Target("fixed", "pfl", 1.5),
     Target("fixed", "peft", 1.4),
     Target("fixed", "centralized", 0.95, "rate"),

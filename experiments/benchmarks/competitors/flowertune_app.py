@@ -2,8 +2,9 @@
 
 For each train message: the base model from disk, a PEFT model, the received parameters, a
 transformers Trainer with a padding collator, and the trained parameters back. With the option
-`cached` the model is built once in each actor, and everything else stays. A client's encoded rows
-are kept in the actor in both.
+`cached` the model is built once in each actor, and everything else stays; with `plain` a plain
+loop takes the Trainer's place, whose clean-up costs as much as a small step. A client's encoded
+rows are kept in the actor in all of them.
 """
 
 import functools
@@ -47,15 +48,8 @@ def _arrays(model: Classifier) -> ArrayRecord:
     return ArrayRecord({name: p.detach().clone() for name, p in encoder.trained(model).items()})
 
 
-@client.train()
-def train(message: Message, context: Context) -> Message:
-    """One client's epoch."""
-    path = str(context.run_config["job"])
-    job = Job.read(path)
-    tokenizer, held = _rows(path)
-    examples = held[list(held)[int(context.node_config["partition-id"])]]
-    model = (_cached if job.options["cached"] else _build)(path)
-    encoder.put(model, message.content.array_records["arrays"].to_torch_state_dict())
+def _trained(model: Classifier, examples: list[encoder.Example], job: Job, tokenizer: Any) -> float:
+    """One epoch by a Trainer of its own; the mean loss over its steps."""
     arguments = TrainingArguments(
         output_dir=str(Path(job.folder, "trainer")),
         num_train_epochs=1,
@@ -78,8 +72,26 @@ def train(message: Message, context: Context) -> Message:
         train_dataset=examples,
         data_collator=DataCollatorWithPadding(tokenizer),
     )
-    loss = trainer.train().training_loss
-    metrics = MetricRecord({"num-examples": len(examples), "train_loss": float(loss)})
+    return float(trainer.train().training_loss)
+
+
+@client.train()
+def train(message: Message, context: Context) -> Message:
+    """One client's epoch."""
+    path = str(context.run_config["job"])
+    job = Job.read(path)
+    tokenizer, held = _rows(path)
+    examples = held[list(held)[int(context.node_config["partition-id"])]]
+    model = (_cached if job.options["cached"] else _build)(path)
+    encoder.put(model, message.content.array_records["arrays"].to_torch_state_dict())
+    if job.options["plain"]:
+        # Rows in another order each round, as a Trainer has them.
+        number = message.content.config_records["config"]["server-round"]
+        draws = torch.Generator().manual_seed(int(str(number)))
+        loss = encoder.train(model, examples, job, draws)
+    else:
+        loss = _trained(model, examples, job, tokenizer)
+    metrics = MetricRecord({"num-examples": len(examples), "train_loss": loss})
     content = RecordDict({"arrays": _arrays(model), "metrics": metrics})
     return Message(content, reply_to=message)
 
