@@ -10,7 +10,7 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart test slow check format clean
+.PHONY: quickstart test slow check bench format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/fedtune run experiments/quickstart.toml --resume
@@ -26,6 +26,10 @@ check: $(VENV)/.developed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n 2
+
+# BENCH="--only fixed --repeat 3" chooses; see experiments/benchmarks/README.md.
+bench: $(VENV)/.benchmarked
+	$(BIN)/python experiments/benchmarks/throughput.py $(BENCH)
 
 format: $(VENV)/.developed
 	$(BIN)/ruff format .
@@ -47,4 +51,8 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 
 $(VENV)/.developed: $(VENV)/.installed
 	$(PIP) install --constraint constraints.txt --editable '.[dev,ray]'
+	@touch $@
+
+$(VENV)/.benchmarked: $(VENV)/.installed
+	$(PIP) install --constraint constraints.txt --editable '.[bench]'
 	@touch $@
