@@ -184,7 +184,7 @@ DEFAULT = ("fixed", "light", "many", "memory")
 def quick(size: Size) -> Size:
     """The same kind of work, as small as it can be: to see that everything runs."""
     clients, batch = min(size.clients, 4), min(size.batch_size, 4)
-    rows = 8 * clients if size.data else min(size.rows, 2 * batch)
+    rows = 8 * clients if size.data else batch * min(2, size.rows // size.batch_size)
     return dataclasses.replace(
         size, clients=clients, rows=rows, batch_size=batch, tokens=16, rounds=3, test_rows=1
     )
