@@ -8,16 +8,17 @@ value a client in a vector, never a reason to fall back.
 """
 
 import logging
+import weakref
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedtune import models, stacked, training
 from fedtune.adapter import State, digest, rank_axis
 from fedtune.config import TrainSettings
 from fedtune.models import Model
-from fedtune.products import Layout
+from fedtune.products import Layout, UnsupportedError
 from fedtune.records import Sums, merge
 from fedtune.resident import Base
 from fedtune.stacked import Stack
@@ -60,7 +61,9 @@ def train(
 ) -> list[Outcome]:
     """What `training.train` gives for each job, computed together.
 
-    Where `obstacle` names a reason, the jobs run one after another.
+    Where `obstacle` names a reason, or the base turns out to hand its adapted parts what no client
+    can be told from, the jobs run one after another. Where a GPU's memory does not hold them all,
+    they run in halves; who is trained beside whom does not matter.
 
     Args:
         model: the resident model.
@@ -72,8 +75,34 @@ def train(
     Returns:
         For each job its tensors and metrics, or the error that voided its round.
     """
-    if not jobs or obstacle(model, jobs):
+    if not jobs or model.module in _apart or obstacle(model, jobs):
         return [_alone(model, task, job, settings) for job in jobs]
+    try:
+        return _together(model, task, jobs, settings, unpadded)
+    except UnsupportedError as error:
+        _apart.add(model.module)
+        log.warning("clients are trained one after another: %s", error)
+        return [_alone(model, task, job, settings) for job in jobs]
+    except torch.OutOfMemoryError:
+        if len(jobs) == 1:
+            raise
+    half = len(jobs) // 2
+    log.info("%d clients do not fit into memory; %d do, perhaps", len(jobs), half)
+    parts = jobs[:half], jobs[half:]
+    return [done for part in parts for done in train(model, task, part, settings, unpadded)]
+
+
+# Models whose clients turned out to be inseparable.
+_apart: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
+
+
+def _together(
+    model: Model,
+    task: Task,
+    jobs: Sequence[Job],
+    settings: TrainSettings,
+    unpadded: bool | None,
+) -> list[Outcome]:
     order = sorted(range(len(jobs)), key=lambda i: -len(jobs[i][1].batches))
     with (
         models.shifted(model, jobs[0][0].base),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -321,3 +321,58 @@ def test_tokens_are_counted_with_their_padding(tiny_llama: Path) -> None:
         together = vectorized.train(model, CausalLM(), jobs, train, unpadded)
         counted = [(one.tokens, one.computed) for one in together if isinstance(one, Trained)]
         assert counted == expected
+
+
+@dataclass(frozen=True)
+class Limited(Classification):
+    """Classification on a machine that holds three rows at once."""
+
+    def scores(
+        self, model: torch.nn.Module, batch: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        if len(batch["input_ids"]) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().scores(model, batch)
+
+
+def test_clients_that_do_not_fit_together_are_trained_in_parts(tiny_bert: Path) -> None:
+    settings_ = ModelSettings(name=str(tiny_bert), device="cpu", dtype="float64")
+    train = TrainSettings(learning_rate=0.01, batch_size=1)
+    model = models.load(Limited(), settings_, AdapterSettings(rank=2), LABELS, 0)
+    jobs = [job_of(model, seed, 1 + seed % 3, train) for seed in range(9)]
+    outcomes = vectorized.train(model, Limited(), jobs, train)
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        assert isinstance(outcome, Trained)
+        alone = training.train(model, Limited(), *job, train)
+        assert difference(outcome.state, alone.state) < 1e-10
+    greedy = [job_of(model, 0, 8, replace(train, batch_size=4))]
+    with pytest.raises(torch.OutOfMemoryError):
+        vectorized.train(model, Limited(), greedy, train)
+
+
+def test_a_base_that_mixes_rows_is_trained_client_by_client(
+    tiny_bert: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And that is said once."""
+    task, train = Classification(), OPTIONS[0]
+    settings_ = ModelSettings(name=str(tiny_bert), device="cpu", dtype="float64")
+    models.load.cache_clear()
+    model = models.load(task, settings_, AdapterSettings(rank=2), LABELS, 0)
+    part = model.module.get_base_model().backbone.encoder.layer[0].intermediate
+    usual = part.forward
+
+    def mixed(x: torch.Tensor) -> torch.Tensor:
+        """One row more than there are tokens, as where experts get some tokens twice."""
+        rows = x.reshape(-1, x.shape[-1])
+        whole: torch.Tensor = usual(torch.cat([rows, rows[:1]]))
+        return whole[:-1].view(*x.shape[:-1], whole.shape[-1])
+
+    part.forward = mixed
+    jobs = [job_of(model, seed, 4, train) for seed in range(2)]
+    outcomes = [vectorized.train(model, task, jobs, train) for _ in range(2)][1]
+    for job, outcome in zip(jobs, outcomes, strict=True):
+        assert isinstance(outcome, Trained)
+        assert difference(outcome.state, training.train(model, task, *job, train).state) == 0.0
+    told = [r.getMessage() for r in caplog.records if "one after another" in r.getMessage()]
+    assert len(told) == 1
+    models.load.cache_clear()

@@ -6,7 +6,6 @@ includes writing the checkpoint, which the field `seconds` of rounds.jsonl does 
 """
 
 import cProfile
-import inspect
 import itertools
 import json
 import logging
@@ -90,7 +89,7 @@ def compete(job: Job) -> Result:
     import fedtune
 
     wanted: dict[str, Any] = {"engine": job.options["engine"], "overwrite": True}
-    if "workers" in inspect.signature(fedtune.run).parameters:
+    if job.options["engine"] == "batched":
         wanted["workers"] = 1 if profiled else job.processes
     fedtune.run(experiment, **wanted)
     folder = Path(experiment.output, experiment.name)
