@@ -17,7 +17,13 @@ import tokenizers
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
@@ -111,6 +117,37 @@ def tokenizer(settings: ModelSettings) -> PreTrainedTokenizerBase:
     if loaded.pad_token_id is None:
         loaded.pad_token = loaded.eos_token or loaded.unk_token
     return loaded
+
+
+def quantized(
+    task: Task, config: PretrainedConfig, settings: ModelSettings, device: torch.device
+) -> dict[str, Any]:
+    """What `from_pretrained` needs for `model.quantization`; {} for none.
+
+    nf4 is QLoRA's: Dettmers et al. 2023, https://arxiv.org/abs/2305.14314. Heads and output
+    embeddings stay as they are.
+
+    Raises:
+        RecipeError: bitsandbytes is not installed, or the dtype cannot be computed with.
+    """
+    if settings.quantization == "none":
+        return {}
+    kind = f"model.quantization = '{settings.quantization}'"
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise RecipeError(f"{kind} needs bitsandbytes: pip install 'fedtune[quantization]'.")
+    if settings.dtype == "float64":
+        raise RecipeError(f"{kind} cannot be computed in model.dtype = 'float64'. Use float32.")
+    four = settings.quantization == "nf4"
+    with quiet(), torch.device("meta"):
+        heads = task.skeleton(config).heads
+    wanted = BitsAndBytesConfig(
+        load_in_4bit=four,
+        load_in_8bit=not four,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=getattr(torch, settings.dtype),
+        llm_int8_skip_modules=list(heads) or None,
+    )
+    return {"quantization_config": wanted, "device_map": {"": device}}
 
 
 def layer_paths(module: nn.Module) -> list[str]:

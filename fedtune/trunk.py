@@ -217,6 +217,11 @@ def fingerprint(model: Model, first: int) -> str:
             sha.update(f"{name}|{parameter.dtype}|{tuple(parameter.shape)}|".encode())
             data = parameter.detach().cpu().contiguous()
             sha.update(data.view(torch.uint8).numpy() if data.dim() else data.numpy())
+            # Of quantized weights, what the codes are multiplied with.
+            scales = getattr(getattr(parameter, "quant_state", None), "absmax", None)
+            scales = getattr(parameter, "SCB", None) if scales is None else scales
+            if scales is not None:
+                sha.update(scales.detach().cpu().contiguous().view(torch.uint8).numpy())
     return sha.hexdigest()
 
 
