@@ -18,7 +18,7 @@ from flwr.clientapp import ClientApp
 from clients import client as clients
 from clients.client import Client, Job, Trial
 from fedtune import parts, resident, shards, vectorized, wire
-from fedtune.config import Experiment
+from fedtune.config import Experiment, Leaf
 from fedtune.errors import FedTuneError, RecipeError, RunError
 from fedtune.records import Sums
 from fedtune.training import Trained
@@ -37,16 +37,24 @@ def answer(message: Message, context: Context) -> Message:
 
 
 def _experiment(context: Context) -> Experiment:
-    experiment = Experiment.from_flat(context.run_config)
-    if not experiment.name:
-        experiment = experiment.replace(name=f"run-{context.run_id}")
-    return experiment
+    return _read(tuple(context.run_config.items()), context.run_id)
+
+
+@functools.lru_cache(maxsize=4)  # every turn of a run asks
+def _read(run_config: tuple[tuple[str, Leaf], ...], run_id: int) -> Experiment:
+    experiment = Experiment.from_flat(dict(run_config))
+    return experiment if experiment.name else experiment.replace(name=f"run-{run_id}")
+
+
+@functools.lru_cache(maxsize=16)
+def _of_arm(experiment: Experiment, arm: str) -> Experiment:
+    return parts.reference(experiment, arm) if arm else experiment
 
 
 def hosted(context: Context, arm: str) -> dict[str, Client]:
     """The clients that this node can play, by name."""
     whole, node = _experiment(context), dict(context.node_config)
-    experiment = parts.reference(whole, arm) if arm else whole
+    experiment = _of_arm(whole, arm)
     if _simulates(context):
         return clients.simulated(experiment)
     client = clients.institution(experiment, whole.run_id, tuple(sorted(node.items())))

@@ -7,6 +7,7 @@ stands: `flwr run . --run-config recipe.toml`. What a recipe does not say keeps 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import math
@@ -123,8 +124,9 @@ class Experiment:
 
     def __post_init__(self) -> None:
         """Refuse values that no part of FedTune could use."""
+        flat = self.flat()
         for key, wrong, expected in _RANGES:
-            value = self.flat()[key]
+            value = flat[key]
             if wrong(value):
                 raise RecipeError(f"{key} = {value!r} must be {expected}.")
 
@@ -173,6 +175,10 @@ class Experiment:
 
     def flat(self) -> dict[str, Leaf]:
         """Every key with its value, nested keys dotted."""
+        return dict(self._flat)
+
+    @functools.cached_property
+    def _flat(self) -> dict[str, Leaf]:
         return flatten(dataclasses.asdict(self))
 
     def identity(self) -> dict[str, Leaf]:

@@ -21,6 +21,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
+
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError, RunError
 
@@ -170,7 +172,10 @@ def _submit(
 ) -> None:
     arguments = ["run", str(app), connection, "--format", "json", "--run-config", str(recipe)]
     if workers:
+        # Where there are GPUs, the nodes share them evenly: half a one each, or two.
+        gpus = torch.cuda.device_count() / workers if torch.cuda.is_available() else 0.0
         settings = f"num-supernodes={workers} client-resources-num-cpus=1"
+        settings += f" client-resources-num-gpus={gpus}"
         arguments += ["--federation-config", settings]
     answer = _flwr(environment, *arguments)
     try:

@@ -92,7 +92,7 @@ def run(
     else:
         from fedtune import flower
 
-        flower.run(experiment, engine, _follow(experiment), workers or _cores(threads))
+        flower.run(experiment, engine, _follow(experiment), _workers(experiment, workers, threads))
     result = report.read(folder)
     page.write(result, folder / "report.html")
     return result
@@ -164,12 +164,20 @@ def _here(experiment: Experiment, engine: str, workers: int, threads: int) -> No
         allocator.keep_pages()
     torch.set_num_threads(threads)
     gpus = _gpus() if device.type == "cuda" and device.index is None else ()
-    count = workers or (_cores(threads) if device.type == "cpu" else max(1, len(gpus)))
+    count = _workers(experiment, workers, threads)
     arms = ["", *parts.reference_names(experiment)]
     if engine == "sequential" or count == 1:
         in_turn(experiment, arms, together=1 if engine == "sequential" else 0)
     else:
         _in_workers(experiment, arms, count, threads, gpus if len(gpus) > 1 else ())
+
+
+def _workers(experiment: Experiment, asked: int, threads: int) -> int:
+    """How many processes: as asked, else one a core, or one a GPU where there are some."""
+    device = bases.device_of(experiment.model.device)
+    if asked or device.type == "cpu":
+        return asked or _cores(threads)
+    return max(1, len(_gpus())) if device.type == "cuda" and device.index is None else 1
 
 
 def _gpus() -> tuple[str, ...]:
