@@ -9,7 +9,7 @@ the round goes on without it.
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import RecordDict
@@ -156,8 +156,8 @@ class Coordinator:
         round: int,
         tally: Tally,
         scope: str = "own",
-    ) -> dict[str, tuple[Address, RecordDict]]:
-        """The replies by client name, with what they must be addressed with.
+    ) -> Iterator[tuple[str, Address, RecordDict]]:
+        """The replies as they come: the client's name, how it must be addressed, its content.
 
         Bytes are counted for each client as if it had messages of its own: what travels together on
         one machine would not between institutions.
@@ -181,17 +181,15 @@ class Coordinator:
         same = scope == "pooled" or bool(kind == "train" and self.experiment.train.steps)
         work = {name: 1.0 if same else self.roster.rows(name, kind) for name in names}
         timeout = self.experiment.coordinator.timeout_seconds
-        replies: dict[str, tuple[Address, RecordDict]] = {}
         for name, answer in exchange.ask(
             self.grid, self.roster, kind, contents, work, round, timeout
         ):
             if isinstance(answer, Rejection):
                 self._reject(tally, answer)
                 continue
-            replies[name] = addresses[name], answer
             tally.bytes_up += wire.size(answer)
             self._say("reply", f"{name} answered", client=name, kind=kind)
-        return dict(sorted(replies.items()))
+            yield name, addresses[name], answer
 
     def _reject(self, tally: Tally, rejection: Rejection) -> None:
         tally.rejected.append(rejection)
@@ -206,7 +204,8 @@ class Coordinator:
         if self.head.shared and "head" in self.initial:
             schema = {**schema, "head": self.initial["head"]}
         updates = []
-        for name, (address, content) in self._ask("train", server, names, round, tally).items():
+        # Each reply is decoded as it comes, so that its bytes need not stay beside its tensors.
+        for name, address, content in self._ask("train", server, names, round, tally):
             try:
                 examples = self.roster.members[name].examples
                 state, count = wire.gate(content, address, schema, examples)
@@ -219,7 +218,9 @@ class Coordinator:
             updates.append(Update(name, weight, state))
             tally.train[name] = {k: v for k, v in sums.items() if len(v) == 2}
             tally.tokens = [a + b for a, b in zip(tally.tokens, tokens, strict=True)]
-        return updates
+        tally.train = dict(sorted(tally.train.items()))
+        tally.rejected.sort(key=lambda rejection: rejection.client)
+        return sorted(updates, key=lambda update: update.client)
 
     def _evaluate(self, server: State, round: int, tally: Tally) -> dict[str, dict[str, Sums]]:
         """Metrics on own test rows, and for personal models in the last round on pooled ones."""
@@ -231,16 +232,16 @@ class Coordinator:
         evaluation: dict[str, dict[str, Sums]] = {}
         for scope in scopes:
             names = tested if scope == "own" else list(self.roster.members)
-            replies = self._ask("evaluate", server, names, round, tally, scope)
-            evaluation[scope] = {}
-            for name, (address, content) in replies.items():
+            contents, sums = {}, {}
+            for name, address, content in self._ask("evaluate", server, names, round, tally, scope):
+                contents[name] = content
                 try:
-                    evaluation[scope][name] = wire.gate_metrics(content, address, self.metrics)
+                    sums[name] = wire.gate_metrics(content, address, self.metrics)
                 except RejectedError as error:
                     self._reject(tally, Rejection(name, error.code, error.reason))
+            evaluation[scope] = dict(sorted(sums.items()))
             if last and scope == "own":
-                contents = {name: content for name, (_, content) in replies.items()}
-                journal.write_samples(self.folder, contents)
+                journal.write_samples(self.folder, dict(sorted(contents.items())))
         return evaluation
 
     def _commit(
