@@ -14,22 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedTokenizerBase
-from transformers.pytorch_utils import Conv1D
 
 from fedtune import bases
+from fedtune.adapted import adapted, tensors_of
 from fedtune.adapter import Adapter, State
 from fedtune.config import AdapterSettings, ModelSettings
-from fedtune.errors import RecipeError
 from fedtune.seeds import seed_of
 from fedtune.tasks.classification import SentenceClassifier
 from fedtune.tasks.task import Base, Task
 
 __all__ = ["Model", "SentenceClassifier", "initial", "load", "read", "save", "skeleton", "write"]
-INIT: dict[str, bool | str] = {"default": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +87,10 @@ def load(
             base = task.load(path, config, revision=model.revision, dtype=dtype, **options)
         words = bases.tokenizer(model)
         base.module.config.pad_token_id = words.pad_token_id
-        module = _adapted(base, model, adapter)
+        module = adapted(base, model, adapter)
     if not options:
         module.to(device)
-    return Model(module, words, labels, _tensors(module), device, base.fresh)
+    return Model(module, words, labels, tensors_of(module), device, base.fresh)
 
 
 def skeleton(
@@ -110,8 +108,8 @@ def skeleton(
         base.module.to(config.dtype)
         numbers = sum(p.numel() for p in base.module.parameters())
         nbytes = _frozen_bytes(base, model.quantization)
-        module = _adapted(base, model, adapter)
-    return _tensors(module), numbers, nbytes
+        module = adapted(base, model, adapter)
+    return tensors_of(module), numbers, nbytes
 
 
 QUANTIZED = {"int8": 1.0, "nf4": 0.5 + 4 / 64}  # bytes a weight; nf4 has a float32 for each 64
@@ -131,79 +129,6 @@ def _frozen_bytes(base: Base, quantization: str) -> int:
             each = QUANTIZED[quantization] if small and key == "weight" else p.element_size()
             total += p.numel() * each
     return int(total)
-
-
-def _adapted(base: Base, model: ModelSettings, adapter: AdapterSettings) -> PeftModel:
-    everything = adapter.target_modules == "all-linear"
-    targets = [name.strip() for name in adapter.target_modules.split(",")]
-    if not everything:
-        _require_targets(base, targets, model.name)
-    if adapter.layers != "all":
-        targets = _targets_in_layers(base, [] if everything else targets, adapter.layers)
-        everything = False
-    config = LoraConfig(
-        base_model_name_or_path=model.name,
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules="all-linear" if everything else targets,
-        exclude_modules=list(base.heads) or None,
-        modules_to_save=list(base.heads) or None,
-        use_rslora=adapter.rslora,
-        use_dora=adapter.dora,
-        init_lora_weights=INIT[adapter.init],
-    )
-    module = get_peft_model(base.module, config)
-    module.name_or_path = model.name
-    for parameter in module.parameters():
-        # Heads and adapters are the model's small, trained part: never in half precision.
-        if parameter.requires_grad and parameter.dtype in (torch.bfloat16, torch.float16):
-            parameter.data = parameter.data.float()
-    return module
-
-
-def _targets_in_layers(base: Base, targets: Sequence[str], layers: str) -> list[str]:
-    """The full names of the target modules ([] for all linear ones) in the chosen layers."""
-    paths = bases.layer_paths(base.module)
-    chosen = [paths[number] for number in bases.chosen_layers(layers, len(paths))]
-    return [
-        key
-        for key, part in base.module.named_modules()
-        if isinstance(part, nn.Linear | Conv1D)
-        and any(key.startswith(f"{path}.") for path in chosen)
-        and (not targets or any(key == t or key.endswith(f".{t}") for t in targets))
-    ]
-
-
-def _require_targets(base: Base, targets: Sequence[str], name: str) -> None:
-    linear = [
-        key
-        for key, part in base.module.named_modules()
-        if isinstance(part, nn.Linear | Conv1D) and key.rsplit(".", 1)[-1] not in base.heads
-    ]
-    ends = sorted({key.rsplit(".", 1)[-1] for key in linear})
-    for target in targets:
-        if not any(key == target or key.endswith(f".{target}") for key in linear):
-            raise RecipeError(
-                f"adapter.target_modules: '{name}' has no linear module '{target}'. "
-                f"It has {', '.join(ends)}; 'all-linear' takes them all."
-            )
-
-
-def _tensors(module: PeftModel) -> dict[str, dict[str, nn.Parameter]]:
-    """The live parameters under PEFT's names in a saved folder, adapter and head apart."""
-    adapter: dict[str, nn.Parameter] = {}
-    head: dict[str, nn.Parameter] = {}
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        if ".modules_to_save.default." in name:
-            head[name.replace(".modules_to_save.default.", ".")] = parameter
-        else:
-            name = name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector")
-            adapter[name.replace(".default.", ".")] = parameter
-    groups = {"adapter": adapter, "head": head}
-    return {group: tensors for group, tensors in groups.items() if tensors}
 
 
 def initial(model: Model, seed: int) -> State:

@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedtune import bases, models
+from fedtune import adapted, bases, models
 from fedtune.adapter import digest
 from fedtune.config import AdapterSettings, ModelSettings
 from fedtune.errors import RecipeError
@@ -75,7 +75,7 @@ def test_the_start_depends_on_the_seed_alone(
     )
 
 
-@pytest.mark.parametrize("init", sorted(models.INIT))
+@pytest.mark.parametrize("init", sorted(adapted.INIT))
 def test_every_initialisation_leaves_the_model_trainable(tiny_bert: Path, init: str) -> None:
     """B A is zero at the start, and what is drawn lands in the parameters that are trained."""
     settings = ModelSettings(name=str(tiny_bert), device="cpu")
