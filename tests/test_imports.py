@@ -9,7 +9,7 @@ SOURCES = sorted(p for top in ("fedtune", "clients", "server") for p in (ROOT / 
 LAYERS = [
     {"allocator", "errors"},
     {"adapter", "cache", "components", "packing", "records", "seeds"},
-    {"config"},
+    {"config", "lowrank"},
     {"combine", "corpus", "docstrings", "files"},
     {"dealing"},
     {"cohorts", "data", "partitions", "strategies", "tasks"},
@@ -70,7 +70,7 @@ def test_clients_and_server_meet_in_messages_only() -> None:
 
 
 def test_strategies_know_adapters_and_the_experiment_only() -> None:
-    allowed = {"adapter", "config", "errors", "combine", "strategies"}
+    allowed = {"adapter", "config", "errors", "combine", "lowrank", "strategies"}
     for path in (ROOT / "fedtune" / "strategies").glob("*.py"):
         own = {name.split(".")[1] for name in imports(path) if name.startswith("fedtune.")}
         assert own <= allowed, path

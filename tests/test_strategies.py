@@ -11,10 +11,11 @@ from fedtune.adapter import Adapter, State, digest, norm, subtract
 from fedtune.combine import Mean
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
+from fedtune.lowrank import products, stack, svd
 from fedtune.strategies import STRATEGIES
 from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
-COUNT = 4
+COUNT = 8
 names = pytest.mark.parametrize("name", sorted(STRATEGIES))
 
 
@@ -107,13 +108,24 @@ def test_states_are_returned_and_not_changed(name: str) -> None:
 def test_one_client_is_plain_training(name: str) -> None:
     """K = 1: after two rounds the model is the one that the client trained."""
     strategy = STRATEGIES[name]()
-    server, personal = play(strategy, {"x": 1}, {"x": 3.0})
-    expected = strategy.start(adapter_of(0))
+    server, personal = strategy.start(adapter_of(0)), {"x": State()}
+    expected: State = {}
     for round in (1, 2):
-        turn = Turn(round, expected, {})
-        expected = trained_by(strategy.plan(turn), 1 + round)
-    final = personal["x"] if strategy.personal else server
-    assert close({"adapter": final["adapter"]}, {"adapter": expected["adapter"]})
+        info = ClientInfo("x", 10, round - 1)
+        turn = Turn(round, strategy.broadcast(server, info, round), personal["x"])
+        plan = strategy.plan(turn)
+        if expected:
+            same = {"adapter": plan.start["adapter"]}
+            assert close(same, expected) or not strategy.fixed_frame
+        expected = trained_by(plan, 1 + round)
+        sent, personal["x"] = strategy.reply(turn, plan, expected)
+        server = strategy.aggregate(server, [Update("x", 3.0, sent)], Mean(), round)
+    turn = Turn(3, strategy.broadcast(server, ClientInfo("x", 10, 2), 3), personal["x"])
+    final = strategy.plan(turn).start["adapter"]
+    if strategy.fixed_frame:
+        assert close({"adapter": final}, {"adapter": expected["adapter"]})
+    for module, product in products(expected["adapter"]):
+        torch.testing.assert_close(dict(products(final))[module].dense(), product.dense())
 
 
 @names
@@ -121,7 +133,10 @@ def test_equal_clients_are_one_client(name: str) -> None:
     strategy = STRATEGIES[name]()
     alone, kept = play(strategy, {"a": 1}, {"a": 1.0})
     together, all_kept = play(strategy, {"a": 1, "b": 1, "c": 1}, {"a": 1.0, "b": 5.0, "c": 2.0})
-    assert close(alone, together)
+    assert close(alone, together) or not strategy.fixed_frame
+    for module, product in products(alone["adapter"]):
+        other = dict(products(together["adapter"]))[module]
+        torch.testing.assert_close(product.dense(), other.dense(), rtol=1e-10, atol=1e-10)
     assert all(digest(state) == digest(kept["a"]) for state in all_kept.values())
 
 
@@ -159,7 +174,7 @@ def dense(adapter: Adapter) -> dict[str, torch.Tensor]:
     return {m: adapter[f"{m}.lora_B.weight"] @ adapter[f"{m}.lora_A.weight"] for m in modules}
 
 
-def products(
+def joined_and_ideal(
     strategy: Strategy, seeds: Sequence[int], weights: Sequence[float]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(the product of the new global factors, the weighted mean of the clients' products)."""
@@ -185,14 +200,16 @@ def products(
 @given(st.lists(st.tuples(st.integers(1, 10**6), st.floats(0.1, 10)), min_size=2, max_size=6))
 def test_ffa_lora_is_exact(drawn: list[tuple[int, float]]) -> None:
     """sum_i p_i B_i A = B-bar A (aggregation identity ffa.1)."""
-    got, ideal = products(STRATEGIES["ffa_lora"](), [s for s, _ in drawn], [w for _, w in drawn])
+    got, ideal = joined_and_ideal(
+        STRATEGIES["ffa_lora"](), [s for s, _ in drawn], [w for _, w in drawn]
+    )
     for module in got:
         torch.testing.assert_close(got[module], ideal[module], rtol=1e-10, atol=1e-12)
 
 
 def test_fedit_errs_by_the_known_residual() -> None:
     """Ideal - B-bar A-bar = sum_i p_i (B_i - B-bar)(A_i - A-bar), which is not zero."""
-    got, ideal = products(STRATEGIES["fedit"](), [1, 2, 3], [1.0, 1.0, 2.0])
+    got, ideal = joined_and_ideal(STRATEGIES["fedit"](), [1, 2, 3], [1.0, 1.0, 2.0])
     p = torch.tensor([0.25, 0.25, 0.5], dtype=torch.float64)
     plan = STRATEGIES["fedit"]().plan(Turn(1, {"adapter": adapter_of(0)}, {}))
     clients = [trained_by(plan, seed)["adapter"] for seed in (1, 2, 3)]
@@ -213,6 +230,121 @@ def test_ffa_lora_never_moves_or_sends_a() -> None:
     assert not any("lora_A" in n for n in strategy.payload(start, 1)["delta"])
 
 
+def changes(strategy: Strategy, server: State, round: int) -> tuple[list[State], list[Update]]:
+    """Three clients' trained states and their updates in one round."""
+    trained, updates = [], []
+    for number, (client, weight) in enumerate((("a", 1.0), ("b", 2.0), ("c", 5.0))):
+        turn = Turn(round, strategy.broadcast(server, ClientInfo(client, 9), round), {})
+        plan = strategy.plan(turn)
+        trained.append(trained_by(plan, 10 * round + number))
+        updates.append(Update(client, weight, strategy.reply(turn, plan, trained[-1])[0]))
+    return trained, updates
+
+
+@pytest.mark.parametrize("name", ["ffa_lora", "rolora", "fedsvd"])
+def test_with_one_factor_frozen_the_mean_of_products_is_exact(name: str) -> None:
+    """sum_i p_i B_i A_i = B-bar A-bar every round, to 1e-10 in float64."""
+    strategy, server = STRATEGIES[name](), STRATEGIES[name]().start(adapter_of(0))
+    for round in (1, 2, 3, 4):
+        trained, updates = changes(strategy, server, round)
+        server = strategy.aggregate(server, updates, Mean(), round)
+        for module, product in products(server["adapter"]):
+            own = [dict(products(state["adapter"]))[module] for state in trained]
+            ideal = stack(own, [1 / 8, 2 / 8, 5 / 8]).dense()
+            torch.testing.assert_close(product.dense(), ideal, rtol=1e-10, atol=1e-12)
+
+
+def test_rolora_begins_with_b_and_never_moves_the_other_factor() -> None:
+    strategy = STRATEGIES["rolora"]()
+    server = strategy.start(adapter_of(0))
+    for round, moved in ((1, "lora_B"), (2, "lora_A"), (3, "lora_B")):
+        _, updates = changes(strategy, server, round)
+        after = strategy.aggregate(server, updates, Mean(), round)
+        for name, tensor in after["adapter"].items():
+            assert torch.equal(tensor, server["adapter"][name]) == (moved not in name)
+        server = after
+
+
+def test_flexlora_is_the_best_approximation_of_its_rank() -> None:
+    """Its error is the norm of the singular values it drops, below any other rank-2 rule's."""
+    strategy, rival = STRATEGIES["flexlora"](), STRATEGIES["fedit"]()
+    server = strategy.start(adapter_of(0))
+    trained, updates = changes(strategy, server, 1)
+    after = strategy.aggregate(server, updates, Mean(), 1)
+    _, theirs = changes(rival, server, 1)
+    other = dict(products(rival.aggregate(server, theirs, Mean(), 1)["adapter"]))
+    for module, product in products(after["adapter"]):
+        ideal = stack([dict(products(s["adapter"]))[module] for s in trained], [0.125, 0.25, 0.625])
+        error = (ideal.dense() - product.dense()).norm()
+        torch.testing.assert_close(error, svd(ideal)[1][2:].norm(), rtol=1e-10, atol=1e-12)
+        assert 1e-3 < error <= (ideal.dense() - other[module].dense()).norm()
+
+
+def test_flexlora_does_not_see_a_clients_gauge() -> None:
+    """(B R, R^T A) is the same client for it, and another one for FedIT."""
+    drawn = torch.randn(2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    rotation = torch.linalg.qr(drawn)[0]
+    for name, same in (("flexlora", True), ("fedit", False)):
+        strategy = STRATEGIES[name]()
+        server = strategy.start(adapter_of(0))
+        _, updates = changes(strategy, server, 1)
+        turn = Turn(1, strategy.broadcast(server, ClientInfo("a", 9), 1), {})
+        plan = strategy.plan(turn)
+        trained = trained_by(plan, 10)
+        turned = {
+            tensor_name: rotation.T @ t if "lora_A" in tensor_name else t @ rotation
+            for tensor_name, t in trained["adapter"].items()
+        }
+        sent, _ = strategy.reply(turn, plan, {"adapter": turned})
+        first = strategy.aggregate(server, updates, Mean(), 1)
+        second = strategy.aggregate(server, [Update("a", 1.0, sent), *updates[1:]], Mean(), 1)
+        equal = [
+            torch.allclose(one.dense(), two.dense(), rtol=1e-10, atol=1e-12)
+            for (_, one), (_, two) in zip(
+                products(first["adapter"]), products(second["adapter"]), strict=True
+            )
+        ]
+        assert all(equal) if same else not any(equal)
+
+
+def test_fedsvd_keeps_rows_orthonormal_and_inside_the_first_ones() -> None:
+    strategy = STRATEGIES["fedsvd"]()
+    server = strategy.start(adapter_of(0))
+    for round in (1, 2, 3):
+        _, updates = changes(strategy, server, round)
+        server = strategy.aggregate(server, updates, Mean(), round)
+    first = dict(products(adapter_of(0)))
+    for module, product in products(server["adapter"]):
+        torch.testing.assert_close(product.A @ product.A.T, torch.eye(2).double())
+        basis = torch.linalg.qr(first[module].A.T)[0]
+        inside = product.A @ basis @ basis.T
+        torch.testing.assert_close(inside, product.A, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["fedsvd", "flexlora"])
+def test_where_nothing_was_learnt_a_stays_as_it_was(name: str) -> None:
+    strategy, start = STRATEGIES[name](), adapter_of(0)
+    start = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in start.items()}
+    server = strategy.start(start)
+    turn = Turn(1, strategy.broadcast(server, ClientInfo("a", 9), 1), {})
+    plan = strategy.plan(turn)
+    sent, _ = strategy.reply(turn, plan, plan.start)
+    after = strategy.aggregate(server, [Update("a", 1.0, sent)], Mean(), 1)
+    assert digest(after) == digest(server)
+
+
+def test_fedsa_lora_sends_no_b_and_gives_each_its_own() -> None:
+    strategy = STRATEGIES["fedsa_lora"]()
+    server, personal = play(strategy, {"a": 1, "b": 2}, {"a": 1.0, "b": 1.0})
+    assert not any("lora_B" in n for n in strategy.payload(adapter_of(0), 1)["delta"])
+    start = adapter_of(0)
+    for name, tensor in server["adapter"].items():
+        assert torch.equal(tensor, start[name]) == ("lora_B" in name)
+    for client in ("a", "b"):
+        assert personal[client]["adapter"].keys() == {n for n in start if "lora_B" in n}
+    assert digest(personal["a"]) != digest(personal["b"])
+
+
 def test_local_only_sends_nothing_and_keeps_its_own() -> None:
     strategy = STRATEGIES["local_only"]()
     server, personal = play(strategy, {"a": 1, "b": 2}, {"a": 1.0, "b": 1.0})
@@ -227,6 +359,9 @@ def test_local_only_sends_nothing_and_keeps_its_own() -> None:
     ("changes", "message"),
     [
         ({"strategy": "ffa_lora", "adapter__dora": True}, "adapter.dora = true"),
+        ({"strategy": "rolora", "adapter__dora": True}, "adapter.dora = true"),
+        ({"strategy": "fedsvd", "adapter__dora": True}, "adapter.dora = true"),
+        ({"strategy": "flexlora", "adapter__dora": True}, "adapter.dora = true"),
         ({"strategy": "centralized", "cohort": "fixed(size=2)"}, "cohort = 'fixed(size=2)'"),
     ],
 )

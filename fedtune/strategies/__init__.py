@@ -1,8 +1,12 @@
 """Every strategy by its name in a recipe; a new one is one file and one line here."""
 
 from fedtune.strategies.fedit import FedIT
+from fedtune.strategies.fedsa_lora import FedSALoRA
+from fedtune.strategies.fedsvd import FedSVD
 from fedtune.strategies.ffa_lora import FFALoRA
+from fedtune.strategies.flexlora import FlexLoRA
 from fedtune.strategies.references import Centralized, LocalOnly
+from fedtune.strategies.rolora import RoLoRA
 from fedtune.strategies.strategy import Strategy
 
 __all__ = ["STRATEGIES", "Strategy"]
@@ -10,6 +14,10 @@ __all__ = ["STRATEGIES", "Strategy"]
 STRATEGIES: dict[str, type[Strategy]] = {
     "fedit": FedIT,
     "ffa_lora": FFALoRA,
+    "rolora": RoLoRA,
+    "flexlora": FlexLoRA,
+    "fedsa_lora": FedSALoRA,
+    "fedsvd": FedSVD,
     "local_only": LocalOnly,
     "centralized": Centralized,
 }

@@ -1,0 +1,65 @@
+"""FlexLoRA: average the products, then send each its best approximation.
+
+Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous Tasks and Client
+Resources", NeurIPS 2024, https://arxiv.org/abs/2402.11505. The mean of the products is exact as a
+stack of factors; its truncation to the adapter's rank is the best there is (Eckart and Young). The
+paper divides by a scaling of each rank; with one scaling for all ranks there is nothing to divide.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from fedtune.adapter import Adapter, State
+from fedtune.combine import Combine
+from fedtune.config import Experiment
+from fedtune.errors import RecipeError
+from fedtune.lowrank import Product, products, stack, truncate, with_products
+from fedtune.strategies.strategy import Plan, Strategy, Turn, Update
+
+
+@dataclass(frozen=True)
+class FlexLoRA(Strategy):
+    """Factors are sent, not their changes: a product needs both.
+
+    Attributes:
+        balanced: split the singular values evenly between B and A instead of giving them to B.
+    """
+
+    fixed_frame: ClassVar[bool] = False
+    sums_only: ClassVar[bool] = False
+    balanced: bool = True
+
+    def aggregate(
+        self, server: State, updates: Sequence[Update], combine: Combine, round: int
+    ) -> State:
+        total = sum(update.weight for update in updates)
+        weights = [update.weight / total for update in updates]
+        terms = [dict(products(update.state["adapter"])) for update in updates]
+
+        def joined(module: str, before: Product) -> Product:
+            mean = stack([term[module] for term in terms], weights)
+            if not mean.B.any():  # nothing was learnt; an SVD of zero would lose A
+                return before
+            return truncate(mean, len(before.A), balanced=self.balanced)
+
+        return {**server, "adapter": with_products(server["adapter"], joined)}
+
+    def reply(self, turn: Turn, plan: Plan, trained: State) -> tuple[State, State]:
+        return {"adapter": trained["adapter"]}, {}
+
+    def payload(self, initial: Adapter, round: int) -> State:
+        return {"adapter": initial}
+
+    def check(self, experiment: Experiment) -> None:
+        if experiment.adapter.dora:
+            raise RecipeError(
+                "strategy = 'flexlora' averages products of B and A, but adapter.dora = true makes "
+                "a layer's change no such product. Set adapter.dora = false."
+            )
+        if experiment.combine != "mean":
+            raise RecipeError(
+                "strategy = 'flexlora' averages products of factors, so combine = "
+                f"'{experiment.combine}', which joins factors one by one, has no meaning. Set "
+                "combine = 'mean'."
+            )
