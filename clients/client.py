@@ -110,12 +110,12 @@ class Client:
     def prepare(self, address: Address, received: State) -> Job:
         """The job of one round, from what the coordinator sent and what the client kept."""
         e, name = self.experiment, self.shard.name
-        turn = self._turn(address, received)
-        plan = _ordered(self._with_head(turn, self.parts.strategy.plan(turn)))
         batches = training.batches_of(
             self.examples, e.train, e.seed, "batches", address.round, name
         )
         rates = training.rates_of(len(batches), address.round, e.rounds, e.train)
+        turn = replace(self._turn(address, received), rates_sum=sum(rates))
+        plan = _ordered(self._with_head(turn, self.parts.strategy.plan(turn)))
         seed = training.dropout_seed(e.seed, address.round, name)
         return Job(address, turn, plan, Work(batches, rates, seed))
 

@@ -13,9 +13,10 @@ from fedtune.config import Experiment
 from fedtune.errors import RecipeError
 from fedtune.lowrank import products, stack, svd
 from fedtune.strategies import STRATEGIES
+from fedtune.strategies.scaffold import Scaffold
 from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
-COUNT = 8
+COUNT = 9
 names = pytest.mark.parametrize("name", sorted(STRATEGIES))
 
 
@@ -137,7 +138,7 @@ def test_equal_clients_are_one_client(name: str) -> None:
     for module, product in products(alone["adapter"]):
         other = dict(products(together["adapter"]))[module]
         torch.testing.assert_close(product.dense(), other.dense(), rtol=1e-10, atol=1e-10)
-    assert all(digest(state) == digest(kept["a"]) for state in all_kept.values())
+    assert all(close(state, kept["a"]) for state in all_kept.values())
 
 
 @names
@@ -345,6 +346,41 @@ def test_fedsa_lora_sends_no_b_and_gives_each_its_own() -> None:
     assert digest(personal["a"]) != digest(personal["b"])
 
 
+def test_scaffold_begins_as_fedit_and_then_corrects_by_the_difference() -> None:
+    """c = c_i = 0: FedIT's first round, bit for bit. Then by hand, for two clients.
+
+    With S eta = 1, c_i = x - y_i = -delta_i, and c their mean; a client's gradients are corrected
+    by c - c_i, which adds up to zero over the clients.
+    """
+    strategy, fedit = STRATEGIES["scaffold"](), STRATEGIES["fedit"]()
+    seeds, weights = {"a": 1, "b": 2}, {"a": 1.0, "b": 1.0}
+    server, personal = play(strategy, seeds, weights, 1)
+    theirs, _ = play(fedit, seeds, weights, 1)
+    assert digest({"x": server["adapter"]}) == digest({"x": theirs["adapter"]})
+    start, corrections = adapter_of(0), []
+    for client, seed in seeds.items():
+        turn = Turn(1, strategy.broadcast(strategy.start(start), ClientInfo("", 1), 1), {})
+        moved = subtract(trained_by(strategy.plan(turn), seed + 1)["adapter"], start)
+        for name, tensor in personal[client]["control"].items():
+            torch.testing.assert_close(tensor, -moved[name], rtol=1e-10, atol=1e-12)
+        info = ClientInfo(client, 1, 1)
+        turn = Turn(2, strategy.broadcast(server, info, 2), personal[client])
+        corrections.append(strategy.plan(turn).correction)
+    for name, tensor in server["control"].items():
+        mean = (personal["a"]["control"][name] + personal["b"]["control"][name]) / 2
+        torch.testing.assert_close(tensor, mean, rtol=1e-10, atol=1e-12)
+        together = corrections[0][name] + corrections[1][name]
+        torch.testing.assert_close(together, torch.zeros_like(together), rtol=0, atol=1e-12)
+
+
+def test_scaffold_moves_its_control_by_the_share_of_the_population() -> None:
+    """Two of eight clients: a quarter of their mean change."""
+    whole, _ = play(STRATEGIES["scaffold"](), {"a": 1, "b": 2}, {"a": 1.0, "b": 3.0}, 1)
+    few, _ = play(Scaffold(population=8), {"a": 1, "b": 2}, {"a": 1.0, "b": 3.0}, 1)
+    for name, tensor in whole["control"].items():
+        torch.testing.assert_close(few["control"][name], tensor / 4, rtol=1e-10, atol=1e-12)
+
+
 def test_local_only_sends_nothing_and_keeps_its_own() -> None:
     strategy = STRATEGIES["local_only"]()
     server, personal = play(strategy, {"a": 1, "b": 2}, {"a": 1.0, "b": 1.0})
@@ -362,6 +398,7 @@ def test_local_only_sends_nothing_and_keeps_its_own() -> None:
         ({"strategy": "rolora", "adapter__dora": True}, "adapter.dora = true"),
         ({"strategy": "fedsvd", "adapter__dora": True}, "adapter.dora = true"),
         ({"strategy": "flexlora", "adapter__dora": True}, "adapter.dora = true"),
+        ({"strategy": "scaffold", "cohort": "fixed(size=2)"}, "cohort = 'fixed(size=2)'"),
         ({"strategy": "centralized", "cohort": "fixed(size=2)"}, "cohort = 'fixed(size=2)'"),
     ],
 )

@@ -7,6 +7,7 @@ from fedtune.strategies.ffa_lora import FFALoRA
 from fedtune.strategies.flexlora import FlexLoRA
 from fedtune.strategies.references import Centralized, LocalOnly
 from fedtune.strategies.rolora import RoLoRA
+from fedtune.strategies.scaffold import Scaffold
 from fedtune.strategies.strategy import Strategy
 
 __all__ = ["STRATEGIES", "Strategy"]
@@ -18,6 +19,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "flexlora": FlexLoRA,
     "fedsa_lora": FedSALoRA,
     "fedsvd": FedSVD,
+    "scaffold": Scaffold,
     "local_only": LocalOnly,
     "centralized": Centralized,
 }

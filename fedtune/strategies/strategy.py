@@ -54,11 +54,13 @@ class Turn:
         round: from 1.
         received: what the coordinator broadcast to it.
         personal: what it kept to itself in an earlier round, {} at first.
+        rates_sum: the learning rates of the round's steps, added up.
     """
 
     round: int
     received: State
     personal: State
+    rates_sum: float = 1.0
 
 
 @dataclass(frozen=True)
