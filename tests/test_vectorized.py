@@ -89,6 +89,19 @@ def test_unequal_clients_end_where_they_would_alone(
     compare(model, task, jobs, train, 1e-10)
 
 
+@pytest.mark.parametrize("folder", ["tiny_bert", "tiny_llama", "tiny_gpt2"])
+def test_the_heads_that_models_bring_are_each_clients_own(
+    folder: str, request: pytest.FixtureRequest
+) -> None:
+    """BERT's pooler, adapted and read at the first token; decoders read at a row's last one."""
+    task, train = Classification(pooling="model"), OPTIONS[1]
+    name = str(request.getfixturevalue(folder))
+    settings_ = ModelSettings(name=name, device="cpu", dtype="float64")
+    model = models.load(task, settings_, AdapterSettings(rank=2), LABELS, 0)
+    jobs = [job_of(model, seed, rows, train) for seed, rows in enumerate((5, 9, 4))]
+    compare(model, task, jobs, train, 1e-10)
+
+
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=5), st.integers(1, 4))
 @settings(max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_drawn_cohorts(tiny_bert: Path, sizes: list[int], batch_size: int) -> None:
