@@ -10,8 +10,8 @@ from typing import Any
 
 FORWARD = ("torch/nn/modules/module.py", "_call_impl")
 BACKWARD = ("torch/_tensor.py", "backward")
-OPTIMIZER = ("torch/optim/", "fedtune/vectorized.py", "fedtune/optim")
-OPTIMIZER_NAMES = ("step", "_step", "clip", "gather", "zero_grad")
+OPTIMIZER = ("fedtune/vectorized.py", "fedtune/stacked.py")
+OPTIMIZER_NAMES = ("_update", "gather", "gather_clipped")
 LINES = 15
 
 
