@@ -101,10 +101,10 @@ COMPETITORS = {
         "flowertune", "FlowerTune pattern on Ray", {"cached": False, "plain": False}
     ),
     "flowertune-cached": Competitor(
-        "flowertune", "the same, model cached", {"cached": True, "plain": False}
+        "flowertune", "FlowerTune pattern, model cached", {"cached": True, "plain": False}
     ),
     "flowertune-plain": Competitor(
-        "flowertune", "the same, a plain loop for the Trainer", {"cached": True, "plain": True}
+        "flowertune", "Ray, model cached, a plain loop", {"cached": True, "plain": True}
     ),
     "pfl": Competitor("pfl_research", "pfl-research, a process a core"),
     "pfl-1": Competitor("pfl_research", "pfl-research, one process", alone=True),
