@@ -14,9 +14,9 @@ overwritten by the next one that appends. Readers take no lock: they look whethe
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import os
+import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,6 +31,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedtune.cache import cache_folder, private_folder
+
+if sys.platform != "win32":
+    import fcntl
 
 FORMAT = 1  # of both files; another number leaves old ones unused
 DIGEST = 16  # bytes
@@ -270,6 +273,8 @@ class PrefixStore:
 
 def _held(path: Path) -> int:
     """A descriptor of the file, shared with other users of it and closed to eviction."""
+    if sys.platform == "win32":
+        raise OSError(errno.ENOSYS, "Windows has no locks that several processes share")
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -281,6 +286,8 @@ def _held(path: Path) -> int:
 
 def _evicted(index: Path) -> bool:
     """Remove a store, unless a process has it open."""
+    if sys.platform == "win32":
+        return False
     descriptor = os.open(index, os.O_RDWR)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -146,6 +146,12 @@ def together(model: Model, settings: TrainSettings, lengths: Sequence[int], work
         memory = torch.cuda.get_device_properties(model.device).total_memory
         base = sum(p.numel() * p.element_size() for p in model.module.parameters())
         return max(1, int((SHARE * memory - base) // needed))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    fitting = SHARE * memory / workers // needed
+    fitting = SHARE * _memory() / workers // needed
     return max(1, min(int(fitting), math.ceil(TOKENS / (rows * mean)), 64))
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory; 8 GB where the system does not tell."""
+    if not hasattr(os, "sysconf"):
+        return 8 * 10**9
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
