@@ -190,6 +190,9 @@ def test_a_task_is_known_by_its_parameters_and_its_source() -> None:
 def test_clients_arms_and_runs_share_one_encoding(tiny: Experiment, cache: Path) -> None:
     """Each client has its own rows, everybody has all, and a second process finds both splits."""
     for _ in range(2):
+        # As in a new process, whatever other tests have encoded in this one.
+        client._rows.cache_clear()
+        client.simulated.cache_clear()
         everybody = client.simulated(tiny.replace(strategy="centralized"))["centralized"]
         for name, one in client.simulated(tiny).items():
             task, words = one.parts.task, one.model.tokenizer
@@ -201,5 +204,3 @@ def test_clients_arms_and_runs_share_one_encoding(tiny: Experiment, cache: Path)
         assert list(everybody.examples) == together
         assert np.sum(everybody.tests.lengths) > 0
         assert len(files(cache)) == 2
-        client._rows.cache_clear()
-        client.simulated.cache_clear()
