@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from fedtune import adapter, models, parts, wire
+from fedtune import adapter, aggregation, models, parts, wire
 from fedtune.adapter import Adapter, State
 from fedtune.config import Experiment
 from fedtune.errors import RunError
@@ -108,7 +108,7 @@ class Coordinator:
             server = {**server, "head": self.initial["head"]}
         began, tally = time.monotonic(), Tally()
         evaluation = self._evaluate(server, 0, tally)
-        self._commit(server, 0, [], began, tally, evaluation, 0.0)
+        self._commit(server, 0, [], began, tally, evaluation, 0.0, {})
         return Checkpoint(0, server, {})
 
     def _round(self, server: State, round: int) -> State:
@@ -126,11 +126,12 @@ class Coordinator:
             )
         after = self._aggregate(server, updates, round) if updates else server
         moved = adapter.norm(adapter.subtract(after["adapter"], server["adapter"]))
+        compared = aggregation.of_round(self.parts.strategy, server, updates, after, round)
         for update in updates:
             self.last_rounds[update.client] = round
         last, every = round == self.experiment.rounds, self.experiment.evaluation.every
         evaluation = self._evaluate(after, round, tally) if last or round % every == 0 else {}
-        self._commit(after, round, names, began, tally, evaluation, moved)
+        self._commit(after, round, names, began, tally, evaluation, moved, compared)
         return after
 
     def _aggregate(self, server: State, updates: Sequence[Update], round: int) -> State:
@@ -261,6 +262,7 @@ class Coordinator:
         tally: Tally,
         evaluation: dict[str, dict[str, Sums]],
         moved: float,
+        compared: dict[str, float],
     ) -> None:
         record = RoundRecord(
             round=round,
@@ -274,6 +276,7 @@ class Coordinator:
             evaluation=evaluation,
             update_norm=moved,
             tokens=tally.tokens,
+            aggregation=compared,
         )
         journal.append(self.folder, record)
         checkpoint.commit(
