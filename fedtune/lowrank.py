@@ -93,6 +93,38 @@ def residual(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str,
     return left
 
 
+def moved_most(before: Adapter, after: Adapter, share: float) -> Adapter:
+    """Masks of the ranks whose products moved most, over all modules, where one factor was frozen.
+
+    Rank i of a module moved by |dB[:, i] A[i, :]|, or by |B[:, i] dA[i, :]|, in the Frobenius norm.
+
+    Args:
+        before: the adapter at first.
+        after: the same after training.
+        share: of all ranks, at least one.
+
+    Returns:
+        For each lora_A (rank, 1) and each lora_B (1, rank) of ones and zeros.
+    """
+    own, theirs = dict(products(before)), dict(products(after))
+    scores = []
+    for module, was in own.items():
+        b, a = was.B.double(), was.A.double()
+        moved_b = (theirs[module].B.double() - b).norm(dim=0) * a.norm(dim=1)
+        moved_a = (theirs[module].A.double() - a).norm(dim=1) * b.norm(dim=0)
+        scores.append(moved_b + moved_a)
+    flat = torch.cat(scores)
+    chosen = torch.zeros_like(flat)
+    count = max(1, round(share * len(flat)))
+    chosen[torch.sort(flat, descending=True, stable=True).indices[:count]] = 1.0
+    masks = {}
+    parts = torch.split(chosen, [len(part) for part in scores])
+    for module, part in zip(own, parts, strict=True):
+        masks[f"{module}.lora_A.weight"] = part.unsqueeze(1)
+        masks[f"{module}.lora_B.weight"] = part.unsqueeze(0)
+    return masks
+
+
 def added(base: Adapter, change: Adapter) -> Adapter:
     """The sum of both products, stacked; each may lack modules.
 

@@ -72,14 +72,20 @@ class Plan:
     """What a client trains: plain data, so that every engine runs it with the same result.
 
     Attributes:
-        start: group -> tensors that the first step begins from; LoRA factors may have fewer ranks
-            than the recipe's adapter, which are then filled up with zeros and cut off again.
+        start: group -> tensors that the first step begins from. LoRA factors may have other ranks
+            than the recipe's adapter, on the same scaling. A group "core" holds small matrices
+            between the factors, see cores.py.
         trainable: names of the tensors that receive gradients.
         base: the change of the frozen weights, as LoRA factors of any rank on the model's scaling.
         correction: added to the gradient of every step, before it is clipped (SCAFFOLD).
         penalty: lambda of the term lambda sum |B[:, tail:]| |A[tail:, :]| in the loss (HetLoRA).
         tail: the first rank of that term.
         scale: of the adapter's product, beside the model's own scaling.
+        mask: name -> 0 or 1, of a shape that broadcasts to the tensor's: an entry at 0 receives no
+            gradient and stays as it began.
+        keep: the share of all modules' ranks that is trained: those whose products move most in a
+            provisional pass over the same batches (LoRA-A^2). Everything else of the plan begins
+            again after it.
     """
 
     start: State
@@ -89,6 +95,8 @@ class Plan:
     penalty: float = 0.0
     tail: int = 0
     scale: float = 1.0
+    mask: Adapter = field(default_factory=dict)
+    keep: float = 1.0
 
 
 @dataclass(frozen=True)
