@@ -8,12 +8,10 @@ paper divides by a scaling of each rank; with one scaling for all ranks there is
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fedtune.adapter import Adapter, State
 from fedtune.combine import Combine
-from fedtune.config import Experiment
-from fedtune.errors import RecipeError
 from fedtune.lowrank import Product, products, stack, truncate, with_products
 from fedtune.strategies.strategy import Plan, Strategy, Turn, Update
 
@@ -26,6 +24,8 @@ class FlexLoRA(Strategy):
         balanced: split the singular values evenly between B and A instead of giving them to B.
     """
 
+    sends: ClassVar[Literal["delta", "adapter"]] = "adapter"
+    admits_dora: ClassVar[bool] = False
     fixed_frame: ClassVar[bool] = False
     sums_only: ClassVar[bool] = False
     balanced: bool = True
@@ -50,16 +50,3 @@ class FlexLoRA(Strategy):
 
     def payload(self, initial: Adapter, round: int) -> State:
         return {"adapter": initial}
-
-    def check(self, experiment: Experiment) -> None:
-        if experiment.adapter.dora:
-            raise RecipeError(
-                "strategy = 'flexlora' averages products of B and A, but adapter.dora = true makes "
-                "a layer's change no such product. Set adapter.dora = false."
-            )
-        if experiment.combine != "mean":
-            raise RecipeError(
-                "strategy = 'flexlora' averages products of factors, so combine = "
-                f"'{experiment.combine}', which joins factors one by one, has no meaning. Set "
-                "combine = 'mean'."
-            )
