@@ -77,7 +77,8 @@ def strategy_of(text: str) -> Strategy:
 
     To prune is to change what was trained, which the promises of all strategies are about.
     """
-    return build("hetlora(keep=1.0)" if text == "hetlora" else text, STRATEGIES, "strategy")
+    text = f"{text}(keep=1.0)" if text in ("hetlora", "hetlora_sum") else text
+    return build(text, STRATEGIES, "strategy")
 
 
 @dataclass(frozen=True)
