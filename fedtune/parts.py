@@ -65,6 +65,11 @@ def resolve(experiment: Experiment) -> Parts:
             f"model.quantization = '{experiment.model.quantization}' does not allow. Set it to "
             "'none', or choose a strategy that leaves them, such as 'fedit'."
         )
+    if experiment.adapter.init != "default" and parts.strategy.begins == "principal":
+        raise RecipeError(
+            f"strategy = '{experiment.strategy}' begins from the principal factors of the weights, "
+            f"so adapter.init = '{experiment.adapter.init}' has no meaning. Set it to 'default'."
+        )
     if experiment.adapter.ranks and not parts.strategy.mixed_ranks:
         able = ", ".join(sorted(name for name, kind in STRATEGIES.items() if kind.mixed_ranks))
         raise RecipeError(
