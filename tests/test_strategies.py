@@ -12,14 +12,16 @@ from rounds import strategy_of
 from fedtune.adapter import Adapter, State, add, at_rank, digest, norm, subtract
 from fedtune.combine import Mean
 from fedtune.config import Experiment
+from fedtune.cores import folded
 from fedtune.errors import RecipeError
 from fedtune.lowrank import products, stack, svd
 from fedtune.parts import resolve
+from fedtune.seeds import generator
 from fedtune.strategies import STRATEGIES
 from fedtune.strategies.scaffold import Scaffold
 from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
-COUNT = 18
+COUNT = 20
 TURNED = {"fedrot"}  # its clients turn their factors themselves
 ANYBODY = ClientInfo("any", 1)
 names = pytest.mark.parametrize("name", sorted(STRATEGIES))
@@ -36,12 +38,13 @@ def adapter_of(seed: int, dtype: torch.dtype = torch.float64) -> Adapter:
 
 def trained_by(plan: Plan, seed: int) -> State:
     """The plan's start, its trainable tensors moved: what any training returns."""
-    moves = adapter_of(seed)
+
+    def moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        drawn = torch.randn(tensor.shape, generator=generator(seed, name), dtype=tensor.dtype)
+        return tensor + 0.1 * drawn * plan.mask.get(name, torch.ones_like(tensor))
+
     return {
-        group: {
-            name: tensor + 0.1 * moves[name] if name in plan.trainable else tensor
-            for name, tensor in adapter.items()
-        }
+        group: {n: moved(n, t) if n in plan.trainable else t for n, t in adapter.items()}
         for group, adapter in plan.start.items()
     }
 
@@ -69,11 +72,17 @@ def _name(update: Update) -> str:
 
 
 def effective(state: State) -> dict[str, torch.Tensor]:
-    """Each module's dense change of the frozen weights: the base's and the adapter's product."""
+    """Each module's dense change of the frozen weights: the base's and the adapter's product.
+
+    A coordinator that keeps a frame has the core in its adapter already.
+    """
     change = dict(products(state.get("base", {})))
+    adapter = state["adapter"]
+    if "core" in state and "frame" not in state:
+        adapter = folded(adapter, state["core"])
     return {
         module: own.dense() + (change[module].dense() if module in change else 0.0)
-        for module, own in products(state["adapter"])
+        for module, own in products(adapter)
     }
 
 
@@ -150,7 +159,7 @@ def test_one_client_is_plain_training(name: str) -> None:
         server = strategy.aggregate(server, [Update("x", 3.0, sent)], Mean(), round)
     turn = Turn(3, strategy.broadcast(server, ClientInfo("x", 10, 2), 3), personal["x"])
     plan = strategy.plan(turn)
-    final: State = {"adapter": plan.start["adapter"], "base": plan.base}
+    final: State = {**plan.start, "base": plan.base}
     if unturned:
         assert close({"adapter": final["adapter"]}, {"adapter": expected["adapter"]})
     torch.testing.assert_close(effective(final), effective(expected))

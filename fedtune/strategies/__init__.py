@@ -1,5 +1,6 @@
 """Every strategy by its name in a recipe; a new one is one file and one line here."""
 
+from fedtune.strategies.fed_sb import FedSB
 from fedtune.strategies.fedex_lora import FedExLoRA
 from fedtune.strategies.fedit import FedIT
 from fedtune.strategies.fedmomentum import FedMomentum
@@ -14,6 +15,7 @@ from fedtune.strategies.hetlora import HetLoRA
 from fedtune.strategies.hetlora_sum import HetLoRASum
 from fedtune.strategies.lora_fair import LoRAFAIR
 from fedtune.strategies.oracle import Oracle
+from fedtune.strategies.ravan import Ravan
 from fedtune.strategies.references import Centralized, LocalOnly
 from fedtune.strategies.rolora import RoLoRA
 from fedtune.strategies.scaffold import Scaffold
@@ -37,6 +39,8 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "frlora": FRLoRA,
     "lora_fair": LoRAFAIR,
     "fedrot": FedRot,
+    "fed_sb": FedSB,
+    "ravan": Ravan,
     "local_only": LocalOnly,
     "centralized": Centralized,
     "oracle": Oracle,

@@ -9,7 +9,7 @@ nobody of a round has become zero, since the coordinator cannot know that they a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -29,6 +29,7 @@ class HetLoRASum(Strategy):
         penalty: of the ranks that it would prune.
     """
 
+    sends: ClassVar[Literal["delta", "adapter"]] = "adapter"
     admits_dora: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = True
     keep: float = 0.99
