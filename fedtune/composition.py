@@ -61,6 +61,11 @@ def _strategy(e: Experiment, parts: Parts) -> Iterator[str]:
             "changes the frozen weights. Set model.quantization = 'none', or a strategy that "
             "leaves them, such as 'fedit'."
         )
+    if e.adapter.init != "default" and strategy.begins == "principal":
+        yield (
+            f"{named} begins from the principal factors of the weights, so adapter.init = "
+            f"'{e.adapter.init}' has no meaning. Set adapter.init = 'default'."
+        )
     if e.adapter.ranks and not strategy.mixed_ranks:
         able = ", ".join(sorted(name for name, kind in STRATEGIES.items() if kind.mixed_ranks))
         yield (
