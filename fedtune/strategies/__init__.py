@@ -1,12 +1,16 @@
 """Every strategy by its name in a recipe; a new one is one file and one line here."""
 
 from fedtune.strategies.fed_sb import FedSB
+from fedtune.strategies.fedalt import FedALT
+from fedtune.strategies.feddpa import FedDPA
 from fedtune.strategies.fedit import FedIT
 from fedtune.strategies.fedsa_lora import FedSALoRA
 from fedtune.strategies.fedsvd import FedSVD
 from fedtune.strategies.ffa_lora import FFALoRA
 from fedtune.strategies.flexlora import FlexLoRA
 from fedtune.strategies.flora import FLoRA
+from fedtune.strategies.lora_a2 import LoRAA2
+from fedtune.strategies.pf2lora import PF2LoRA
 from fedtune.strategies.ravan import Ravan
 from fedtune.strategies.references import Centralized, LocalOnly
 from fedtune.strategies.rolora import RoLoRA
@@ -26,6 +30,10 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "scaffold": Scaffold,
     "fed_sb": FedSB,
     "ravan": Ravan,
+    "lora_a2": LoRAA2,
+    "feddpa": FedDPA,
+    "pf2lora": PF2LoRA,
+    "fedalt": FedALT,
     "local_only": LocalOnly,
     "centralized": Centralized,
 }

@@ -23,6 +23,7 @@ class RoLoRA(Strategy):
     def check(self, experiment: Experiment) -> None:
         if experiment.adapter.dora:
             raise RecipeError(
-                "strategy = 'rolora' averages one factor at a time, but adapter.dora = true trains "
-                "a norm that belongs to neither. Set adapter.dora = false."
+                f"strategy = '{experiment.strategy}' averages one factor at a time, but "
+                "adapter.dora = true trains a norm that belongs to neither. Set adapter.dora = "
+                "false."
             )
