@@ -19,7 +19,6 @@ from fedtune.strategies import STRATEGIES
 from fedtune.wire import Address
 from server.app import app as server_app
 
-
 # What they keep, at the coordinator or at clients, is more than an adapter.
 KEEPING = ["fed_sb", "fedalt", "feddpa", "fedsa_lora", "pf2lora", "ravan", "scaffold"]
 
