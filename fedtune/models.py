@@ -132,10 +132,12 @@ def _frozen_bytes(base: Base, quantization: str) -> int:
     return int(total)
 
 
-def initial(model: Model, seed: int) -> State:
+def initial(model: Model, seed: int, *, principal: bool = False) -> State:
     """The state a run begins with: adapters drawn by PEFT's initialisation, a fresh head too.
 
-    Deterministic in `seed`; it leaves the model as it was.
+    Deterministic in `seed`; it leaves the model as it was. The same head is drawn with `principal`,
+    where the adapters are the principal factors of the frozen weights instead: scaling B A is the
+    best approximation of the weights of that rank.
     """
     before = read(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -148,6 +150,8 @@ def initial(model: Model, seed: int) -> State:
                         _orthogonal(part)
                     else:
                         part.reset_lora_parameters("default", init)
+                    if principal:
+                        _principal(part)
         if model.fresh:
             for parameter in model.tensors.get("head", {}).values():
                 fan_in = parameter.shape[-1] if parameter.dim() > 1 else 0
@@ -166,6 +170,16 @@ def _orthogonal(part: LoraLayer) -> None:
     for factor, parameter in zip(factors, live, strict=True):
         parameter.copy_(factor.weight)
         factor.weight = parameter
+
+
+def _principal(part: LoraLayer) -> None:
+    weight = part.get_base_layer().weight.detach().cpu()
+    if getattr(part, "fan_in_fan_out", False):
+        weight = weight.T
+    scale = part.scaling["default"] ** 0.5
+    factors = lowrank.principal(weight, part.r["default"])
+    part.lora_A["default"].weight.copy_(factors.A / scale)
+    part.lora_B["default"].weight.copy_(factors.B / scale)
 
 
 @contextlib.contextmanager

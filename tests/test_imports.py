@@ -13,7 +13,7 @@ LAYERS = [
     {"combine", "corpus", "docstrings", "files"},
     {"dealing"},
     {"cohorts", "data", "partitions", "strategies", "tasks"},
-    {"prefix", "shards", "tokens"},
+    {"aggregation", "prefix", "shards", "tokens"},
     {"adapted", "bases", "heads", "models", "wire", "parts"},
     {"products", "training", "trunk", "report"},
     {"resident", "stacked", "exporting", "page", "page_template", "planning", "progress", "tables"},

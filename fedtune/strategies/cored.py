@@ -12,9 +12,7 @@ from typing import ClassVar
 
 from fedtune.adapter import Adapter, State, add, subtract
 from fedtune.combine import Combine
-from fedtune.config import Experiment
 from fedtune.cores import folded, merged
-from fedtune.errors import RecipeError
 from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
 
@@ -24,21 +22,22 @@ class Cored(Strategy):
 
     # A server optimizer steps the factors that are sent, and here none is.
     fixed_frame: ClassVar[bool] = False
+    admits_dora: ClassVar[bool] = False
 
     @abstractmethod
     def blocks(self, initial: Adapter) -> Adapter:
         """Zeros in the shapes of the blocks that clients send, for an adapter's modules."""
 
     @property
-    def begins(self) -> int:
-        """The last round before the core, 0 where it is there from the start."""
+    def ordinary(self) -> int:
+        """How many rounds train the factors before the core comes, 0 for none."""
         return 0
 
     def trains(self, name: str, round: int) -> bool:
         return False
 
     def broadcast(self, server: State, client: ClientInfo, round: int) -> State:
-        if client.last_round > self.begins:
+        if client.last_round > self.ordinary:
             return {"core": server["core"]}
         return {"frame": server["frame"], "core": server["core"]}
 
@@ -65,11 +64,3 @@ class Cored(Strategy):
 
     def contribution(self, server: State, update: Update, round: int) -> Adapter | None:
         return folded(server["frame"], add(server["core"], update.state["delta"]))
-
-    def check(self, experiment: Experiment) -> None:
-        if experiment.adapter.dora:
-            raise RecipeError(
-                f"strategy = '{experiment.strategy}' puts a matrix between A and B, but "
-                "adapter.dora = true takes the norm of their product without it. Set "
-                "adapter.dora = false."
-            )

@@ -21,7 +21,7 @@ from fedtune.adapter import Adapter, State
 from fedtune.combine import Combine
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
-from fedtune.strategies.paired import apart, beside, mixed, only, refuse_dora
+from fedtune.strategies.paired import apart, beside, mixed, only
 from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
 
@@ -33,6 +33,7 @@ class FedALT(Strategy):
     """
 
     personal: ClassVar[bool] = True
+    admits_dora: ClassVar[bool] = False
     # Whose share is how large must be known beside the sum.
     sums_only: ClassVar[bool] = False
 
@@ -72,7 +73,6 @@ class FedALT(Strategy):
         return {"adapter": initial}
 
     def check(self, experiment: Experiment) -> None:
-        refuse_dora(experiment)
         if experiment.combine != "mean":
             raise RecipeError(
                 "strategy = 'fedalt' takes each client's own adapter out of the mean again, so "

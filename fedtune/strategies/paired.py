@@ -10,9 +10,7 @@ from typing import ClassVar
 import torch
 
 from fedtune.adapter import Adapter, State, at_rank, rank_axis, rank_of, subtract
-from fedtune.config import Experiment
 from fedtune.cores import SCALES
-from fedtune.errors import RecipeError
 from fedtune.lowrank import products
 from fedtune.strategies.flora import afresh
 from fedtune.strategies.strategy import Plan, Strategy, Turn
@@ -66,6 +64,7 @@ class Paired(Strategy):
     """
 
     personal: ClassVar[bool] = True
+    admits_dora: ClassVar[bool] = False
 
     def private_rank(self, shared: int) -> int:
         """Of the private adapter, beside the shared one's."""
@@ -84,19 +83,3 @@ class Paired(Strategy):
         change = subtract(shared, turn.received["adapter"])
         sent = {name: t for name, t in change.items() if self.shares(name, turn.round)}
         return {"delta": sent}, {"private": own}
-
-    def check(self, experiment: Experiment) -> None:
-        refuse_dora(experiment)
-
-
-def refuse_dora(experiment: Experiment) -> None:
-    """Two adapters have no norm in common.
-
-    Raises:
-        RecipeError: the recipe asks for one.
-    """
-    if experiment.adapter.dora:
-        raise RecipeError(
-            f"strategy = '{experiment.strategy}' has two adapters side by side, but adapter.dora = "
-            "true trains one norm for both. Set adapter.dora = false."
-        )
