@@ -463,16 +463,6 @@ def test_local_only_sends_nothing_and_keeps_its_own() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": "ffa_lora", "adapter__dora": True}, "adapter.dora = true"),
-        ({"strategy": "rolora", "adapter__dora": True}, "adapter.dora = true"),
-        ({"strategy": "fedsvd", "adapter__dora": True}, "adapter.dora = true"),
-        ({"strategy": "flexlora", "adapter__dora": True}, "adapter.dora = true"),
-        ({"strategy": "fed_sb", "adapter__dora": True}, "adapter.dora = true"),
-        ({"strategy": "ravan", "adapter__dora": True}, "adapter.dora = true"),
-        ({"strategy": "lora_a2", "adapter__dora": True}, "adapter.dora = true"),
-        ({"strategy": "feddpa", "adapter__dora": True}, "adapter.dora = true"),
-        ({"strategy": "pf2lora", "adapter__dora": True}, "adapter.dora = true"),
-        ({"strategy": "fedalt", "adapter__dora": True}, "adapter.dora = true"),
         ({"strategy": "fedalt", "combine": "median"}, "combine = 'median'"),
         ({"strategy": "scaffold", "cohort": "fixed(size=2)"}, "cohort = 'fixed(size=2)'"),
         ({"strategy": "centralized", "cohort": "fixed(size=2)"}, "cohort = 'fixed(size=2)'"),

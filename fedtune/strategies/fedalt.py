@@ -42,6 +42,8 @@ class FedALT(Strategy):
         none = torch.zeros(1, dtype=torch.float64)
         # Before the first mean there is no rest of the world, as if all of it were one's own.
         share = none + 1 if shares is None else shares.get(client.name, none)
+        if shares is not None and not client.last_round:
+            share = none
         return {"adapter": server["adapter"], "share": {"own": share}}
 
     def aggregate(
