@@ -463,7 +463,6 @@ def test_local_only_sends_nothing_and_keeps_its_own() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": "fedalt", "combine": "median"}, "combine = 'median'"),
         ({"strategy": "scaffold", "cohort": "fixed(size=2)"}, "cohort = 'fixed(size=2)'"),
         ({"strategy": "centralized", "cohort": "fixed(size=2)"}, "cohort = 'fixed(size=2)'"),
     ],

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.adapter import Adapter, State, add, subtract
-from fedtune.combine import Combine
+from fedtune.combine import EVERY, Combine, Family
 from fedtune.cores import folded, merged
 from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
@@ -20,24 +20,25 @@ from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 class Cored(Strategy):
     """The core's blocks are shared; everything else of a client's plan is the same everywhere."""
 
+    combines: ClassVar[frozenset[Family]] = EVERY
+    admits_dora: ClassVar[bool] = False
     # A server optimizer steps the factors that are sent, and here none is.
     fixed_frame: ClassVar[bool] = False
-    admits_dora: ClassVar[bool] = False
 
     @abstractmethod
     def blocks(self, initial: Adapter) -> Adapter:
         """Zeros in the shapes of the blocks that clients send, for an adapter's modules."""
 
     @property
-    def ordinary(self) -> int:
-        """How many rounds train the factors before the core comes, 0 for none."""
+    def rounds_before(self) -> int:
+        """Rounds before there is a core."""
         return 0
 
     def trains(self, name: str, round: int) -> bool:
         return False
 
     def broadcast(self, server: State, client: ClientInfo, round: int) -> State:
-        if client.last_round > self.ordinary:
+        if client.last_round > self.rounds_before:
             return {"core": server["core"]}
         return {"frame": server["frame"], "core": server["core"]}
 

@@ -13,14 +13,12 @@ every row; they are private.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
 from fedtune.adapter import Adapter, State
 from fedtune.combine import Combine
-from fedtune.config import Experiment
-from fedtune.errors import RecipeError
 from fedtune.strategies.paired import apart, beside, mixed, only
 from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
@@ -32,6 +30,7 @@ class FedALT(Strategy):
     A client that is new begins from the mean.
     """
 
+    sends: ClassVar[Literal["delta", "adapter"]] = "adapter"
     personal: ClassVar[bool] = True
     admits_dora: ClassVar[bool] = False
     # Whose share is how large must be known beside the sum.
@@ -73,13 +72,6 @@ class FedALT(Strategy):
 
     def payload(self, initial: Adapter, client: ClientInfo, round: int) -> State:
         return {"adapter": initial}
-
-    def check(self, experiment: Experiment) -> None:
-        if experiment.combine != "mean":
-            raise RecipeError(
-                "strategy = 'fedalt' takes each client's own adapter out of the mean again, so "
-                f"combine = '{experiment.combine}' has no meaning. Set combine = 'mean'."
-            )
 
 
 def rest_of_world(mean: Adapter, own: Adapter, share: float) -> Adapter:

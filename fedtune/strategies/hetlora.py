@@ -15,7 +15,7 @@ again.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ class HetLoRA(Strategy):
     """
 
     admits_dora: ClassVar[bool] = False
+    sends: ClassVar[Literal["delta", "adapter"]] = "adapter"
     sums_only: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = True
     keep: float = 0.99

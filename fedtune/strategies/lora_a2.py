@@ -14,7 +14,9 @@ one learning rate.
 """
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
+from fedtune.combine import DISTANCES, Family
 from fedtune.errors import RecipeError
 from fedtune.strategies.rolora import RoLoRA
 from fedtune.strategies.strategy import Plan, Turn
@@ -28,6 +30,8 @@ class LoRAA2(RoLoRA):
         share: of all modules' ranks, at least one of them; with 1 this is RoLoRA.
     """
 
+    # A zero of a client that did not train an entry is no vote on it.
+    combines: ClassVar[frozenset[Family]] = DISTANCES
     share: float = 0.5
 
     def __post_init__(self) -> None:

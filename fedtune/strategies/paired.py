@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 
 from fedtune.adapter import Adapter, State, at_rank, rank_axis, rank_of, subtract
+from fedtune.combine import DISTANCES, Family
 from fedtune.cores import SCALES
 from fedtune.lowrank import products
 from fedtune.strategies.flora import afresh
@@ -63,6 +64,7 @@ class Paired(Strategy):
     from one broadcast.
     """
 
+    combines: ClassVar[frozenset[Family]] = DISTANCES
     personal: ClassVar[bool] = True
     admits_dora: ClassVar[bool] = False
 
