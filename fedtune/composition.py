@@ -139,10 +139,10 @@ def _attack(e: Experiment, parts: Parts) -> Iterator[str]:
             f"{named} changes labels, but task = '{e.task}' has none. Set attack to one on "
             "replies, such as 'sign_flip', or task = 'classification'."
         )
-    if attack.needs_factors and not _sends_both(strategy):
+    if attack.needs_factors and (strategy.personal or not _sends_both(strategy)):
         yield (
-            f"{named} rewrites both factors, but strategy = '{e.strategy}' does not send both in "
-            "one round. Set another attack, or strategy = 'fedit'."
+            f"{named} rewrites both factors, but strategy = '{e.strategy}' does not send both, and "
+            "nothing else of them, in one round. Set another attack, or strategy = 'fedit'."
         )
     if attack.forges and e.adapter.ranks:
         yield (
