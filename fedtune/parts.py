@@ -53,6 +53,18 @@ def resolve(experiment: Experiment) -> Parts:
         cohort=build(experiment.cohort, COHORTS, "cohort"),
     )
     parts.strategy.check(experiment)
+    if experiment.adapter.dora and not parts.strategy.admits_dora:
+        raise RecipeError(
+            f"strategy = '{experiment.strategy}' joins what is linear in the factors B and A, but "
+            "adapter.dora = true trains a norm that is not. Set adapter.dora = false, or choose "
+            "strategy = 'fedit'."
+        )
+    if experiment.model.quantization != "none" and parts.strategy.changes_base:
+        raise RecipeError(
+            f"strategy = '{experiment.strategy}' changes the frozen weights, which "
+            f"model.quantization = '{experiment.model.quantization}' does not allow. Set it to "
+            "'none', or choose a strategy that leaves them, such as 'fedit'."
+        )
     if experiment.adapter.ranks and not parts.strategy.mixed_ranks:
         able = ", ".join(sorted(name for name, kind in STRATEGIES.items() if kind.mixed_ranks))
         raise RecipeError(

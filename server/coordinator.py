@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
@@ -82,7 +82,8 @@ class Coordinator:
         self._say("roster", f"{len(self.roster.members)} clients", rounds=e.rounds)
         self.metrics = self.parts.task.metrics(self.roster.labels)
         with RESIDENT:
-            self.initial = models.initial(self._model(), e.seed)
+            principal = self.parts.strategy.begins == "principal"
+            self.initial = models.initial(self._model(), e.seed, principal=principal)
         start = checkpoint.latest(self.folder / "checkpoint", e) or self._begin()
         self.last_rounds = start.last_rounds
         journal.keep(self.folder, start.round)
@@ -143,17 +144,18 @@ class Coordinator:
         return after
 
     def _broadcast(self, server: State, name: str, round: int) -> State:
-        info = self._info(name)
+        info = self._info(server, name)
         sent = self.parts.strategy.broadcast(server, info, round)
         own_head = self.head.trained and not self.head.shared and info.last_round
         if "head" in server and not own_head:
             sent = {**sent, "head": server["head"]}
         return sent
 
-    def _info(self, name: str) -> ClientInfo:
+    def _info(self, server: State, name: str) -> ClientInfo:
         member = self.roster.members[name]
         last = self.last_rounds.get(name, 0)
-        return ClientInfo(name, member.examples, last, self.roster.rank(name, self.dealt))
+        dealt = ClientInfo(name, member.examples, last, self.roster.rank(name, self.dealt))
+        return replace(dealt, rank=self.parts.strategy.client_rank(server, dealt))
 
     def _ask(
         self,
@@ -169,7 +171,7 @@ class Coordinator:
         Bytes are counted for each client as if it had messages of its own: what travels together on
         one machine would not between institutions.
         """
-        infos = [self._info(name) for name in names]
+        infos = [self._info(server, name) for name in names]
         addresses = {
             who.name: Address(
                 self.run_id, self.arm, round, who.name, who.last_round, scope, who.rank
@@ -213,7 +215,8 @@ class Coordinator:
         # Each reply is decoded as it comes, so that its bytes need not stay beside its tensors.
         for name, address, content in self._ask("train", server, names, round, tally):
             try:
-                schema = strategy.payload(self.initial["adapter"], self._info(name), round)
+                info = self._info(server, name)
+                schema = strategy.payload(self.initial["adapter"], info, round)
                 if self.head.shared and "head" in self.initial:
                     schema = {**schema, "head": self.initial["head"]}
                 examples = self.roster.members[name].examples

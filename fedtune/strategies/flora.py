@@ -29,6 +29,8 @@ class FLoRA(Strategy):
             is all of it (FLoRA), less is FLoRIST.
     """
 
+    admits_dora: ClassVar[bool] = False
+    changes_base: ClassVar[bool] = True
     fixed_frame: ClassVar[bool] = False
     sums_only: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = True
