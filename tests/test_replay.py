@@ -30,9 +30,9 @@ def modules(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
 
     import defects
     import operators
-    import rounds
+    import recording
 
-    return {module.__name__: module for module in (defects, operators, replay, rounds)}
+    return {module.__name__: module for module in (defects, operators, recording, replay)}
 
 
 def adapter_of(seed: int, rank: int, start: Adapter | None = None) -> Adapter:
@@ -49,16 +49,16 @@ def adapter_of(seed: int, rank: int, start: Adapter | None = None) -> Adapter:
 @pytest.fixture
 def recorded(modules: dict[str, ModuleType], tmp_path: Path) -> Any:
     """Three clients of rank 2, written down and read again."""
-    rounds = modules["rounds"]
+    recording = modules["recording"]
     before = adapter_of(0, 2)
     clients = [
-        rounds.Client(name, weight, adapter_of(seed, 2, before))
+        recording.Client(name, weight, adapter_of(seed, 2, before))
         for seed, (name, weight) in enumerate({"a": 3.0, "b": 1.0, "c": 2.0}.items(), 1)
     ]
-    rounds.write(tmp_path, before, clients, 3)
+    recording.write(tmp_path, before, clients, 3)
     experiment = Experiment().replace(adapter__rank=2, adapter__alpha=4.0)
     (tmp_path / "experiment.toml").write_text(experiment.text(), encoding="utf-8")
-    return rounds.read(tmp_path)
+    return recording.read(tmp_path)
 
 
 def test_what_is_written_is_read(recorded: Any) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fedtune.lowrank import Product, mean_product, products, truncate
-from rounds import Recorded
+from recording import Recorded
 
 ALPHA = 16.0
 FEDIT, EXACT, BEST = "the mean of each factor", "exact", "the best of rank r"

@@ -20,7 +20,7 @@ from fedtune.combine import Mean
 from fedtune.components import build
 from fedtune.strategies import STRATEGIES
 from fedtune.strategies.strategy import ClientInfo, Strategy, Turn, Update
-from rounds import Recorded
+from recording import Recorded
 
 TIMES = 3
 

@@ -1,9 +1,9 @@
 """One round's saved client updates through every strategy's aggregate: only the operator varies.
 
-Real clients train for a few rounds (`rounds.py`); the updates of the last one are kept, and every
-strategy of the registry joins the same ones (`operators.py`). Beside them stand formulas found
-wrong in public code (`defects.py`). Tables and plots are written beside the raw results; what was
-recorded is replayed again with --replay.
+Real clients train for a few rounds (`recording.py`); the updates of the last one are kept, and
+every strategy of the registry joins the same ones (`operators.py`). Beside them stand formulas
+found wrong in public code (`defects.py`). Tables and plots are written beside the raw results; what
+was recorded is replayed again with --replay.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import matplotlib as mpl
 
 import defects
 import operators
-import rounds
+import recording
 from fedtune import aggregation
 from fedtune.adapter import State
 from fedtune.components import build
@@ -25,7 +25,7 @@ from fedtune.config import Experiment
 from fedtune.report import human_bytes
 from fedtune.strategies import STRATEGIES
 from fedtune.tasks import TASKS
-from rounds import Recorded
+from recording import Recorded
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -78,8 +78,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         if not options.replay:
             _say(f"training {setting} for {options.rounds} rounds")
             e = experiment_of(options.recipe, clients, ranks, options.rounds, options.steps)
-            rounds.record(e, folder)
-        recorded[setting] = rounds.read(folder)
+            recording.record(e, folder)
+        recorded[setting] = recording.read(folder)
     texts = options.strategies.split(";") if options.strategies else _every()
     lines = operators.all_of(texts, recorded)
     told = {key: str(value) for key, value in vars(options).items()}
@@ -244,7 +244,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--clients", default="3,10,50", help="how many, one recording each")
     parser.add_argument("--ranks", default=MIXED, help="of one more recording; '' for none")
     parser.add_argument("--rounds", type=int, default=3, help="the last one is kept")
-    parser.add_argument("--steps", type=int, default=8, help="of a client in a round")
+    parser.add_argument("--steps", type=int, default=5, help="of a client in a round")
     parser.add_argument("--strategies", default="", help="as in recipes, with ';' between them")
     parser.add_argument("--output", type=Path, default=Path("runs/bench/replay"), help="a folder")
     parser.add_argument("--replay", action="store_true", help="what was recorded, again")
