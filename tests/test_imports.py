@@ -9,7 +9,7 @@ SOURCES = sorted(p for top in ("fedtune", "clients", "server") for p in (ROOT / 
 LAYERS = [
     {"allocator", "errors"},
     {"adapter", "cache", "components", "packing", "records", "seeds"},
-    {"config", "lowrank"},
+    {"comparison", "config", "lowrank"},
     {"combine", "corpus", "docstrings", "files"},
     {"dealing"},
     {"cohorts", "data", "partitions", "strategies", "tasks"},
