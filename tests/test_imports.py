@@ -15,7 +15,7 @@ LAYERS = [
     {"cohorts", "data", "partitions", "strategies", "tasks"},
     {"prefix", "shards", "tokens"},
     {"adapted", "bases", "heads", "models", "wire", "parts"},
-    {"products", "training", "trunk", "report"},
+    {"products", "training", "trunk", "report", "statistics"},
     {"resident", "stacked", "exporting", "page", "page_template", "planning", "progress", "tables"},
     {"vectorized"},
     {"flower", "launch"},
