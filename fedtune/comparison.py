@@ -57,8 +57,8 @@ class Difference:
         interval: Student t over seeds, None with one seed.
         bootstrap: over seeds, and over clients where both arms have the same ones.
         p: of the paired t test, two-sided; None with one seed or where all values are equal but 0.
-        p_holm: after Holm's correction over `family` tests.
-        family: tests of one protocol and metric in the whole study.
+        p_holm: after Holm's correction over `family` tests; None for references.
+        family: tests of strategies, of one protocol and metric, in the whole study.
         p_permutation: of the sign-flip test over seeds, exact.
         p_smallest: the least that test can give with so many seeds, 2 ** (1 - seeds).
     """
@@ -281,7 +281,7 @@ class Tuning:
         condition: its name.
         arm: its name.
         key: "train.learning_rate".
-        chosen: the value that its cells run with.
+        chosen: the value that its cells run with; None where every trial failed, and none ran.
         metric: that decided.
         sampler: "grid" or "tpe".
         rounds: of a trial.
@@ -293,7 +293,7 @@ class Tuning:
     condition: str
     arm: str
     key: str
-    chosen: Leaf
+    chosen: Leaf | None
     metric: str
     sampler: str
     rounds: int

@@ -102,6 +102,11 @@ def summarise(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
     return numbers
 
 
+def metrics_of(sums: Mapping[str, object]) -> tuple[str, ...]:
+    """The metrics that tables show for such sums, the first being what quality means."""
+    return LANGUAGE_MODEL if "token_accuracy" in sums else CLASSIFICATION
+
+
 def wilson(correct: float, rows: float) -> tuple[float, float]:
     """The 95 % interval of a proportion. Wilson 1927, JASA 22, 209-212."""
     if not rows:
@@ -184,7 +189,7 @@ def result(run: Run) -> Result:
     """
     last = last_evaluated(run)
     final = pooled(last)
-    metrics = LANGUAGE_MODEL if "token_accuracy" in final else CLASSIFICATION
+    metrics = metrics_of(final)
     rows = [_row("untuned", "untuned model", pooled(run.records[0]), 0, run.records[:1])]
     alone = run.references.get("local_only")
     if alone:
