@@ -9,7 +9,17 @@ from pathlib import Path
 from fedtune.config import Experiment
 
 # Sources that only read what cells have written; a change of them leaves cells as they are.
-READERS = ("cells", "cli", "compar*", "page*", "planning", "scores", "statistics", "stud*", "tun*")
+READERS: tuple[str, ...] = (
+    "cells",
+    "cli",
+    "compar*",
+    "evidence",
+    "page*",
+    "planning",
+    "scores",
+    "statistics",
+)
+READERS += ("stud*", "tuning")
 
 
 def key_of(experiment: Experiment) -> str:

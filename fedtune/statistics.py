@@ -4,6 +4,7 @@ Whoever compares two arms must pair them: the same seeds, and within a seed the 
 `Resampling` draws once and is then asked about each arm, so its draws are paired too.
 """
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -98,6 +99,17 @@ def metric_of(metric: str, sums: Mapping[str, Array]) -> Array:
     return np.asarray(shares.sum(-1) / np.maximum(1, seen))
 
 
+class _Summed(dict[str, Array]):
+    """Sums over drawn clients, made when a metric asks for them."""
+
+    def __init__(self, times: Array, sample: Sample) -> None:
+        super().__init__()
+        self.times, self.sample = times, sample
+
+    def __missing__(self, name: str) -> Array:
+        return self.setdefault(name, self.times @ self.sample[name])
+
+
 @dataclass(frozen=True)
 class Resampling:
     """Draws of a two-stage bootstrap: seeds, then clients within each drawn seed.
@@ -112,6 +124,20 @@ class Resampling:
     draws: int = DRAWS
     seed: int = 0
 
+    @functools.cached_property
+    def _drawn(self) -> tuple[npt.NDArray[np.int64], list[Array]]:
+        """A seed for each place and draw, and how often each of a seed's clients is drawn there.
+
+        A seed that is drawn twice has other clients in each of its places.
+        """
+        drawn, seeds = np.random.default_rng(self.seed), len(self.clients)
+        chosen = drawn.integers(0, seeds, (seeds, self.draws))
+        times = [
+            drawn.multinomial(n, [1 / n] * n, (seeds, self.draws)).astype(np.float64)
+            for n in self.clients
+        ]
+        return chosen, times
+
     def means(self, metric: str, samples: Sequence[Sample]) -> Array:
         """(draws,) the mean over the drawn seeds of `metric` over the drawn clients' rows.
 
@@ -119,17 +145,15 @@ class Resampling:
             metric: its name.
             samples: one for each seed, with as many clients as `clients` says.
         """
-        drawn = np.random.default_rng(self.seed)
-        seeds = len(self.clients)
-        chosen = drawn.integers(0, seeds, (seeds, self.draws))  # a seed for each place and draw
-        values = np.empty((seeds, seeds, self.draws))
-        for number, (count, sample) in enumerate(zip(self.clients, samples, strict=True)):
-            # A seed that is drawn twice has other clients in each of its places.
-            times = drawn.multinomial(count, [1 / count] * count, (seeds, self.draws))
-            sums = {name: times @ numbers for name, numbers in sample.items()}
-            values[number] = metric_of(metric, sums)
-        places = np.arange(seeds)[:, None], np.arange(self.draws)
-        return np.asarray(values[chosen, places[0], places[1]].mean(0))
+        chosen, times = self._drawn
+        values = np.stack(
+            [
+                metric_of(metric, _Summed(drawn, sample))
+                for drawn, sample in zip(times, samples, strict=True)
+            ]
+        )
+        places, draws = np.arange(len(chosen))[:, None], np.arange(self.draws)
+        return np.asarray(values[chosen, places, draws].mean(0))
 
 
 def percentiles(draws: Array) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedtune import report, scores
+from fedtune import evidence, report
 from fedtune.cells import Runner
 from fedtune.comparison import Trial, Tuning
 from fedtune.config import Experiment, Leaf
@@ -68,7 +68,7 @@ class Search:
 
 
 def tune(study: Study, runner: Runner) -> list[Tuning]:
-    """One for each arm and condition of which a trial succeeded; `untuned` names the others.
+    """One for each arm and condition.
 
     Raises:
         RecipeError: a range is to be searched and Optuna is not installed.
@@ -123,15 +123,13 @@ def cells_of(study: Study, settings: Tune, search: Search, value: Leaf) -> list[
     return [study.experiment(changes, search.arm, search.role, seed) for seed in seeds]
 
 
-def _trial(
-    value: Leaf, cells: Sequence[Experiment], metric: str, failed: dict[str, str]
-) -> Trial:
+def _trial(value: Leaf, cells: Sequence[Experiment], metric: str, failed: dict[str, str]) -> Trial:
     seconds, found = 0.0, []
     for cell in cells:
         try:
             if cell.name in failed:
                 return Trial(value, None, seconds, failed[cell.name])
-            run = scores.read(cell)
+            run = evidence.read(cell)
         except FedTuneError as error:
             return Trial(value, None, seconds, str(error))
         seconds += sum(record.seconds for record in run.records)
