@@ -27,7 +27,7 @@ from fedtune.training import Trained, Work
 from fedtune.wire import Address
 
 SAMPLE_TOKENS = 64
-Trial = tuple[State, Examples]
+Trial = tuple[Plan, Examples]
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Client:
 
     def _turn(self, address: Address, received: State) -> Turn:
         kept = personal.load(self.state, address.last_round)
-        return Turn(address.round, received, kept)
+        return Turn(address.round, received, kept, rank=address.rank)
 
     def prepare(self, address: Address, received: State) -> Job:
         """The job of one round, from what the coordinator sent and what the client kept."""
@@ -146,22 +146,22 @@ class Client:
         With scope "pooled", the test rows of all clients: a simulation can, an institution cannot.
         """
         turn = self._turn(address, received)
-        start = self._with_head(turn, self.parts.strategy.plan(turn)).start
+        plan = self._with_head(turn, self.parts.strategy.plan(turn))
         if address.scope != "pooled":
-            return start, self.tests
+            return plan, self.tests
         if self.everybody is None:
             raise RecipeError("Test rows never leave an institution; nothing can be pooled.")
-        return start, self.everybody.tests
+        return plan, self.everybody.tests
 
-    def samples(self, state: State) -> list[tuple[str, str, str]]:
-        """(prompt, generated answer, reference) of its first test rows, with the model `state`."""
+    def samples(self, plan: Plan) -> list[tuple[str, str, str]]:
+        """(prompt, generated answer, reference) of its first test rows, with the plan's model."""
         count = self.experiment.evaluation.samples
         if not (count and self.policy.samples and self.parts.task.generates):
             return []
-        models.write(self.model, state)
         rows = self.shard.test.select(range(min(count, len(self.shard.test))))
         prompts = self.parts.task.prompts(rows, self.model.tokenizer)
-        answers = models.generate(self.model, [ids for ids, _, _ in prompts], SAMPLE_TOKENS)
+        with training.opened(self.model, plan):
+            answers = models.generate(self.model, [ids for ids, _, _ in prompts], SAMPLE_TOKENS)
         return [(p, a, r) for (_, p, r), a in zip(prompts, answers, strict=True)]
 
 

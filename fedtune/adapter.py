@@ -78,6 +78,11 @@ def pick(adapter: Adapter, names: Sequence[str] | frozenset[str]) -> Adapter:
     return {name: tensor for name, tensor in adapter.items() if name in wanted}
 
 
+def pick_groups(state: State, *groups: str) -> State:
+    """The named groups of a state, as far as it has them."""
+    return {group: state[group] for group in groups if group in state}
+
+
 def rank_axis(name: str) -> int | None:
     """Which axis of a LoRA factor counts its ranks; None for other tensors."""
     if "lora_A" in name:
@@ -107,6 +112,23 @@ def fitted(name: str, tensor: Tensor, shape: Sequence[int]) -> Tensor:
     kept = min(tensor.shape[axis], shape[axis])
     whole.narrow(axis, 0, kept).copy_(tensor.narrow(axis, 0, kept))
     return whole
+
+
+def rank_of(adapter: Adapter) -> int:
+    """The largest rank of its LoRA factors, 0 without any."""
+    axes = ((tensor, rank_axis(name)) for name, tensor in adapter.items())
+    return max((tensor.shape[axis] for tensor, axis in axes if axis is not None), default=0)
+
+
+def at_rank(adapter: Adapter, rank: int) -> Adapter:
+    """Its LoRA factors cropped or filled up with zeros to `rank`; 0 leaves them."""
+    fitting: Adapter = {}
+    for name, tensor in adapter.items():
+        shape, axis = list(tensor.shape), rank_axis(name)
+        if rank and axis is not None:
+            shape[axis] = rank
+        fitting[name] = fitted(name, tensor, shape)
+    return fitting
 
 
 def norm(adapter: Adapter) -> float:

@@ -47,6 +47,7 @@ class AdapterSettings:
     """The LoRA adapter, passed through to PEFT's LoraConfig."""
 
     rank: int = 8  # r
+    ranks: str = ""  # of the clients in turn, each at most rank: "4,8,16"; "" is rank for all
     alpha: float = 16.0  # lora_alpha
     dropout: float = 0.0  # lora_dropout
     target_modules: str = "all-linear"  # or module names, "query,value"
@@ -54,6 +55,10 @@ class AdapterSettings:
     rslora: bool = False  # use_rslora: scaling alpha / sqrt(rank)
     dora: bool = False  # use_dora
     init: str = "default"  # init_lora_weights: default, gaussian or orthogonal
+
+    def dealt(self) -> list[int]:
+        """The ranks that clients get in turn, in the order of their names; [] for one of all."""
+        return [int(rank) for rank in self.ranks.split(",") if rank.strip()]
 
 
 @dataclass(frozen=True)
@@ -131,6 +136,11 @@ class Experiment:
             value = flat[key]
             if wrong(value):
                 raise RecipeError(f"{key} = {value!r} must be {expected}.")
+        if any(rank > self.adapter.rank for rank in self.adapter.dealt()):
+            raise RecipeError(
+                f"adapter.ranks = '{self.adapter.ranks}' has a rank above adapter.rank = "
+                f"{self.adapter.rank}, which is the largest. Raise adapter.rank."
+            )
 
     @classmethod
     def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> Self:
@@ -282,6 +292,11 @@ _RANGES: list[tuple[str, Any, str]] = [
     ("model.quantization", _not_in("none", "int8", "nf4"), "'none', 'int8' or 'nf4'"),
     ("model.max_length", _outside(2), "at least 2"),
     ("adapter.rank", _outside(1), "at least 1"),
+    (
+        "adapter.ranks",
+        lambda v: v and not re.fullmatch(r" *[1-9]\d{0,4} *(, *[1-9]\d{0,4} *)*", v),
+        "ranks from 1 with commas between them, as in '4,8,16', or ''",
+    ),
     ("adapter.alpha", lambda v: not 0 < v < math.inf, "above 0"),
     ("adapter.dropout", lambda v: not 0 <= v < 1, "at least 0 and below 1"),
     (

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -33,7 +34,10 @@ def load(folder: Path, *, whole: bool = False) -> Model:
     about = json.loads((adapter / "fedtune.json").read_text(encoding="utf-8"))
     task = parts.resolve(experiment).task
     labels = tuple(about["labels"])
-    model = models.load(task, experiment.model, experiment.adapter, labels, experiment.seed)
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    # A run that changed the frozen weights has an adapter of higher rank than its recipe's.
+    settings = replace(experiment.adapter, rank=config["r"], alpha=config["lora_alpha"])
+    model = models.load(task, experiment.model, settings, labels, experiment.seed)
     tensors = load_file(adapter / "adapter_model.safetensors")
     state = {
         group: {name: tensors[name] for name in named} for group, named in model.tensors.items()

@@ -57,6 +57,53 @@ def stack(terms: Sequence[Product], weights: Sequence[float]) -> Product:
     return Product(torch.cat(left, dim=1), torch.cat([term.A.double() for term in terms]))
 
 
+def mean_product(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adapter:
+    """sum_i w_i B_i A_i / sum_i w_i of every module, as stacked factors.
+
+    Args:
+        adapters: of any ranks, of the same modules.
+        weights: above 0.
+    """
+    terms = [dict(products(adapter)) for adapter in adapters]
+    shares = [weight / sum(weights) for weight in weights]
+    stacked = {module: stack([term[module] for term in terms], shares) for module in terms[0]}
+    return _adapter(stacked, adapters[0])
+
+
+def added(base: Adapter, change: Adapter) -> Adapter:
+    """The sum of both products, stacked; `base` may be {}.
+
+    A stack of more ranks than the matrix has is brought down to them, which loses nothing.
+    """
+    before = dict(products(base))
+    sums = {}
+    for module, own in products(change):
+        whole = stack([before[module], own], [1.0, 1.0]) if module in before else own
+        most = min(whole.B.shape[0], whole.A.shape[1])
+        sums[module] = truncate(whole, most, balanced=True) if len(whole.A) > most else whole
+    return _adapter(sums, change)
+
+
+def keep_energy(adapter: Adapter, energy: float) -> Adapter:
+    """The first singular values of every module, until their squares sum to the share `energy`."""
+    kept = {}
+    for module, product in products(adapter):
+        squares = svd(product)[1].square().cumsum(0)
+        rank = int((squares < energy * squares[-1]).sum()) + 1
+        kept[module] = truncate(product, min(rank, len(squares)), balanced=True)
+    return _adapter(kept, adapter)
+
+
+def _adapter(modules: dict[str, Product], like: Adapter) -> Adapter:
+    """Products under PEFT's names, in the dtype of `like`."""
+    named: Adapter = {}
+    for module, product in modules.items():
+        for key, tensor in (("A", product.A), ("B", product.B)):
+            name = f"{module}.lora_{key}.weight"
+            named[name] = tensor.to(like[name].dtype)
+    return named
+
+
 def svd(product: Product) -> tuple[Tensor, Tensor, Tensor]:
     """U (d_out, k), S (k,), V^T (k, d_in) of B A with k = min(rank, d_out, d_in).
 

@@ -16,12 +16,13 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedtune import bases
+from fedtune import bases, lowrank
 from fedtune.adapted import adapted, tensors_of
-from fedtune.adapter import Adapter, State
+from fedtune.adapter import Adapter, State, at_rank, rank_of
 from fedtune.config import AdapterSettings, ModelSettings
 from fedtune.seeds import seed_of
 from fedtune.tasks.classification import SentenceClassifier
@@ -277,10 +278,15 @@ def checkpointed(model: Model, wanted: bool) -> Iterator[None]:
 def save(model: Model, state: State, folder: Path) -> None:
     """Write a PEFT folder that `PeftModel.from_pretrained(base, folder)` loads.
 
+    A group "base", the change of the frozen weights, becomes a part of the adapter, whose rank is
+    then higher: the frozen weights themselves stay the checkpoint's.
+
     Beside PEFT's own files, `fedtune.json` holds the base's name and the labels in order, which is
     what `fedtune.load` needs to rebuild the base.
     """
     before = read(model)
+    state, change = dict(state), state.get("base", {})
+    state.pop("base", None)
     write(model, state)
     with bases.quiet():
         tensors = get_peft_model_state_dict(model.module, save_embedding_layers=False)
@@ -288,6 +294,8 @@ def save(model: Model, state: State, folder: Path) -> None:
             str(folder), save_embedding_layers=False, safe_serialization=True
         )
     assert set(tensors) == {name for group in model.tensors.values() for name in group}
+    if change:
+        _raise_rank(folder, state["adapter"], change)
     config = model.module.get_base_model().config
     about = {
         "base": model.module.peft_config["default"].base_model_name_or_path,
@@ -296,6 +304,21 @@ def save(model: Model, state: State, folder: Path) -> None:
     }
     Path(folder, "fedtune.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     write(model, before)
+
+
+def _raise_rank(folder: Path, adapter: Adapter, base: Adapter) -> None:
+    """Write the sum of both products into a PEFT folder that holds the adapter alone."""
+    raised = lowrank.added(base, adapter)
+    rank, before = rank_of(raised), rank_of(adapter)
+    file = folder / "adapter_model.safetensors"
+    tensors = {**load_file(file), **at_rank(raised, rank)}
+    save_file({name: t.contiguous() for name, t in tensors.items()}, file, {"format": "pt"})
+    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    # PEFT divides alpha by the rank, or by its root, and must arrive at the same scaling.
+    root = 0.5 if settings["use_rslora"] else 1.0
+    settings |= {"r": rank, "lora_alpha": settings["lora_alpha"] * (rank / before) ** root}
+    text = json.dumps(settings, indent=2, sort_keys=True)
+    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
 
 
 def merge(model: Model, state: State, folder: Path) -> None:

@@ -53,6 +53,13 @@ def resolve(experiment: Experiment) -> Parts:
         cohort=build(experiment.cohort, COHORTS, "cohort"),
     )
     parts.strategy.check(experiment)
+    if experiment.adapter.ranks and not parts.strategy.mixed_ranks:
+        able = ", ".join(sorted(name for name, kind in STRATEGIES.items() if kind.mixed_ranks))
+        raise RecipeError(
+            f"adapter.ranks = '{experiment.adapter.ranks}' gives clients adapters of different "
+            f"ranks, whose factors strategy = '{experiment.strategy}' cannot join. Set it to '', "
+            f"or take one of {able}."
+        )
     if experiment.evaluation.samples and not parts.task.generates:
         raise RecipeError(
             f"evaluation.samples = {experiment.evaluation.samples} needs a task that generates "

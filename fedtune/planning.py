@@ -93,7 +93,7 @@ def forecast(experiment: Experiment) -> Forecast:
     strategy, rule = resolved.strategy, HeadRule.of(resolved.task, resolved.strategy)
     head: State = {"head": initial["head"]} if "head" in initial else {}
     down = strategy.broadcast(strategy.start(initial["adapter"]), ClientInfo("any", 1), 1)
-    up = strategy.payload(initial["adapter"], 1)
+    up = strategy.payload(initial["adapter"], ClientInfo("any", 1), 1)
     bytes_down = nbytes({**down, **head})
     bytes_up = nbytes({**up, **(head if rule.shared else {})})
     names = [shard.name for shard in ([everything] if strategy.pools else held)]

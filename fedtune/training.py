@@ -5,8 +5,9 @@ AdamW step a batch on the mean of the batch's per-example losses, and ends with 
 nothing of the optimizer outlives the round.
 """
 
+import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -121,13 +122,11 @@ def train(model: Model, task: Task, plan: Plan, work: Work, settings: TrainSetti
         FloatingPointError: a loss was not finite; the client's round is void.
     """
     live = {name: p for group in model.tensors.values() for name, p in group.items()}
-    models.write(model, _filled(plan.start, live))
     for name, parameter in live.items():
         parameter.requires_grad_(name in plan.trainable)
         parameter.grad = None
     trained = {name: live[name] for name in sorted(plan.trainable)}
     correction = _filled({"correction": plan.correction}, live)["correction"]
-    anchors = {name: parameter.detach().clone() for name, parameter in trained.items()}
     optimizer = torch.optim.AdamW(
         list(trained.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
@@ -135,11 +134,11 @@ def train(model: Model, task: Task, plan: Plan, work: Work, settings: TrainSetti
     sums: list[Sums] = []
     with (
         torch.random.fork_rng(devices=_cuda(model)),
-        models.shifted(model, plan.base),
-        models.scaled(model, plan.scale),
+        opened(model, plan),
         models.checkpointed(model, settings.gradient_checkpointing),
     ):
         torch.manual_seed(work.seed)
+        anchors = {name: parameter.detach().clone() for name, parameter in trained.items()}
         for batch, rate in zip(work.batches, work.rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate
             if work.example_clip:
@@ -166,6 +165,15 @@ def train(model: Model, task: Task, plan: Plan, work: Work, settings: TrainSetti
     }
     computed = sum(len(own) * max(own) for own in lengths)
     return Trained(state, merge(sums), sum(map(sum, lengths)), computed)
+
+
+@contextlib.contextmanager
+def opened(model: Model, plan: Plan) -> Iterator[None]:
+    """The model as the plan begins: its tensors, the change of the frozen weights, its scale."""
+    live = {name: p for group in model.tensors.values() for name, p in group.items()}
+    models.write(model, _filled(plan.start, live))
+    with models.shifted(model, plan.base), models.scaled(model, plan.scale):
+        yield
 
 
 def _filled(state: State, live: Mapping[str, Tensor]) -> State:
@@ -240,14 +248,13 @@ def _cuda(model: Model) -> list[torch.device]:
 
 
 def evaluate(
-    model: Model, task: Task, state: State, examples: Sequence[Example], batch_size: int
+    model: Model, task: Task, plan: Plan, examples: Sequence[Example], batch_size: int
 ) -> Sums:
-    """The metrics of `state` over `examples`, batched by length; {} for no examples."""
-    models.write(model, state)
+    """The metrics of a plan's start over `examples`, batched by length; {} for no examples."""
     model.module.eval()
     ordered = sorted(examples, key=lambda example: len(example["input_ids"]))
     sums = []
-    with torch.no_grad():
+    with torch.no_grad(), opened(model, plan):
         for start in range(0, len(ordered), batch_size):
             batch = task.collate(ordered[start : start + batch_size], model.pad)
             with model.autocast():

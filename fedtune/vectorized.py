@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedtune import models, stacked, training
-from fedtune.adapter import State, digest, rank_axis
+from fedtune.adapter import digest, rank_axis
 from fedtune.config import TrainSettings
 from fedtune.models import Model
 from fedtune.products import Layout, UnsupportedError
@@ -263,18 +263,19 @@ class _Run:
 def evaluate(
     model: Model,
     task: Task,
-    trials: Sequence[tuple[State, Sequence[Example]]],
+    trials: Sequence[tuple[Plan, Sequence[Example]]],
     batch_size: int,
     unpadded: bool | None = None,
 ) -> list[Sums]:
-    """What `training.evaluate` gives for each (state, examples); equal states are tried together.
+    """What `training.evaluate` gives for each (plan, examples); equal models are tried together.
 
     Their rows are sorted by length and share batches, as if one client held them all.
     """
-    alike: dict[str, list[int]] = {}
-    for number, (state, examples) in enumerate(trials):
+    alike: dict[tuple[str, float], list[int]] = {}
+    for number, (plan, examples) in enumerate(trials):
         if examples:
-            alike.setdefault(digest(state), []).append(number)
+            key = digest({**plan.start, "base": plan.base}), plan.scale
+            alike.setdefault(key, []).append(number)
     results: list[Sums] = [{} for _ in trials]
     model.module.eval()
     for numbers in alike.values():
@@ -293,16 +294,15 @@ def evaluate(
 def _tried(
     model: Model,
     task: Task,
-    state: State,
+    plan: Plan,
     examples: Sequence[Example],
     batch_size: int,
     unpadded: bool | None,
 ) -> Scores:
     """The scores of all examples, on the CPU, in their order."""
     base = Base.of(model, task, unpadded)
-    models.write(model, state)
     parts: list[Scores] = []
-    with torch.no_grad(), base.opened():
+    with torch.no_grad(), training.opened(model, plan), base.opened():
         for start in range(0, len(examples), batch_size):
             scores = base.scores(examples[start : start + batch_size])
             parts.append({name: values.cpu() for name, values in scores.items()})

@@ -54,6 +54,7 @@ class Address:
         client: the client's name.
         last_round: the client's last accepted round before this turn, 0 for none.
         scope: of an evaluation: "own" or "pooled" test rows.
+        rank: of the client's adapter.
     """
 
     run: str
@@ -62,6 +63,7 @@ class Address:
     client: str
     last_round: int = 0
     scope: str = "own"
+    rank: int = 0
 
     def record(self) -> ConfigRecord:
         """The address as a Flower record."""

@@ -61,6 +61,7 @@ class Coordinator:
         self.folder = parts.folder_of(self.experiment)
         self.head = HeadRule.of(self.parts.task, self.parts.strategy)
         self.run_id = experiment.run_id
+        self.dealt = [] if self.parts.strategy.pools else experiment.adapter.dealt()
         self.roster = Roster({})
         self.initial: State = {}
         self.metrics: dict[str, int] = {}
@@ -141,12 +142,17 @@ class Coordinator:
         return after
 
     def _broadcast(self, server: State, name: str, round: int) -> State:
-        info = ClientInfo(name, self.roster.members[name].examples, self.last_rounds.get(name, 0))
+        info = self._info(name)
         sent = self.parts.strategy.broadcast(server, info, round)
         own_head = self.head.trained and not self.head.shared and info.last_round
         if "head" in server and not own_head:
             sent = {**sent, "head": server["head"]}
         return sent
+
+    def _info(self, name: str) -> ClientInfo:
+        member = self.roster.members[name]
+        last = self.last_rounds.get(name, 0)
+        return ClientInfo(name, member.examples, last, self.roster.rank(name, self.dealt))
 
     def _ask(
         self,
@@ -162,10 +168,12 @@ class Coordinator:
         Bytes are counted for each client as if it had messages of its own: what travels together on
         one machine would not between institutions.
         """
-        last = self.last_rounds
+        infos = [self._info(name) for name in names]
         addresses = {
-            name: Address(self.run_id, self.arm, round, name, last.get(name, 0), scope)
-            for name in names
+            who.name: Address(
+                self.run_id, self.arm, round, who.name, who.last_round, scope, who.rank
+            )
+            for who in infos
         }
         contents = exchange.contents(
             {
@@ -200,13 +208,13 @@ class Coordinator:
         self, server: State, names: Sequence[str], round: int, tally: Tally
     ) -> list[Update]:
         """Accepted updates, sorted by client name."""
-        schema = self.parts.strategy.payload(self.initial["adapter"], round)
-        if self.head.shared and "head" in self.initial:
-            schema = {**schema, "head": self.initial["head"]}
-        updates = []
+        strategy, updates = self.parts.strategy, []
         # Each reply is decoded as it comes, so that its bytes need not stay beside its tensors.
         for name, address, content in self._ask("train", server, names, round, tally):
             try:
+                schema = strategy.payload(self.initial["adapter"], self._info(name), round)
+                if self.head.shared and "head" in self.initial:
+                    schema = {**schema, "head": self.initial["head"]}
                 examples = self.roster.members[name].examples
                 state, count = wire.gate(content, address, schema, examples)
                 sums = wire.gate_metrics(content, address, self.metrics)
@@ -281,6 +289,8 @@ class Coordinator:
             tensors: dict[str, Adapter] = {"adapter": server["adapter"]}
             if "head" in server:
                 tensors["head"] = server["head"]
+            if "base" in server:
+                tensors["base"] = server["base"]
             try:
                 with RESIDENT:
                     models.save(self._model(), tensors, self.folder / "adapter")

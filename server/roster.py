@@ -5,7 +5,7 @@ Node ids are random and new at every start; everything else in FedTune knows cli
 
 import json
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,6 +66,10 @@ class Roster:
         """A client's rows for "train" or "evaluate"."""
         member = self.members[name]
         return float(member.examples if kind == "train" else member.test_examples)
+
+    def rank(self, name: str, dealt: Sequence[int]) -> int:
+        """The rank of a client's adapter: its turn of those dealt in the order of names, or 0."""
+        return dealt[list(self.members).index(name) % len(dealt)] if dealt else 0
 
     def to_json(self) -> dict[str, Any]:
         """For `roster.json`."""

@@ -1,6 +1,7 @@
 """A whole run whose clients are trained together is the run whose clients are trained in turn."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,10 +28,28 @@ def test_the_batched_engine_gives_the_same_run(tiny: Experiment, strategy: str) 
         grid = CohortGrid(client_app, e.flat(), together=0 if batched else 1)
         server_app(grid, grid.server_context({"arms": ""}))
         folders.append(parts.folder_of(e))
-    files = [sorted(f.rglob("*.safetensors")) for f in folders]
+    assert_equal_runs(*folders)
+
+
+@pytest.mark.parametrize("strategy", [n for n, s in STRATEGIES.items() if s.mixed_ranks])
+def test_clients_of_mixed_ranks_give_the_same_run(tiny: Experiment, strategy: str) -> None:
+    folders = []
+    for batched in (False, True):
+        name = f"{strategy}-{batched}".lower()
+        e = tiny.replace(name=name, strategy=strategy, model__dtype="float64", adapter__ranks="2,1")
+        grid = CohortGrid(client_app, e.flat(), together=0 if batched else 1)
+        server_app(grid, grid.server_context({"arms": ""}))
+        folders.append(parts.folder_of(e))
+        lines = (folders[-1] / "rounds.jsonl").read_text().splitlines()
+        assert not any(json.loads(line)["rejected"] for line in lines)
+    assert_equal_runs(*folders)
+
+
+def assert_equal_runs(one: Path, other: Path) -> None:
+    files = [sorted(folder.rglob("*.safetensors")) for folder in (one, other)]
     assert len(files[0]) == len(files[1]) > 0
-    for one, other in zip(*files, strict=True):
-        first, second = load_file(one), load_file(other)
+    for left, right in zip(*files, strict=True):
+        first, second = load_file(left), load_file(right)
         assert first.keys() == second.keys()
         for name in first:
             torch.testing.assert_close(first[name], second[name], rtol=1e-7, atol=1e-9)

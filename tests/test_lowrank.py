@@ -5,7 +5,18 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.lowrank import Product, products, stack, svd, truncate, with_products
+from fedtune.adapter import Adapter
+from fedtune.lowrank import (
+    Product,
+    added,
+    keep_energy,
+    mean_product,
+    products,
+    stack,
+    svd,
+    truncate,
+    with_products,
+)
 
 SHAPES = st.tuples(st.integers(1, 7), st.integers(1, 7), st.integers(1, 9))
 
@@ -77,3 +88,47 @@ def test_factors_are_found_by_their_names() -> None:
     assert doubled["q.lora_magnitude_vector"] is adapter["q.lora_magnitude_vector"]
     with pytest.raises(ValueError, match="has no"):
         dict(products({"q.lora_A.weight": torch.ones(2, 3)}))
+
+
+def adapter_of(d_out: int, d_in: int, rank: int, seed: int) -> Adapter:
+    product = product_of(d_out, d_in, rank, seed)
+    return {"q.lora_A.weight": product.A, "q.lora_B.weight": product.B}
+
+
+def dense(adapter: Adapter) -> torch.Tensor:
+    return dict(products(adapter))["q"].dense()
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=5))
+def test_the_mean_of_products_is_the_dense_mean(d_out: int, d_in: int, ranks: list[int]) -> None:
+    adapters = [adapter_of(d_out, d_in, rank, seed) for seed, rank in enumerate(ranks)]
+    weights = [1.0 + i for i in range(len(ranks))]
+    ideal = sum(w * dense(a) for w, a in zip(weights, adapters, strict=True)) / sum(weights)
+    got = dense(mean_product(adapters, weights))
+    torch.testing.assert_close(got, ideal, rtol=1e-10, atol=1e-12)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.lists(st.integers(1, 5), min_size=1, max_size=5))
+def test_a_base_grows_to_the_ranks_of_its_matrix_and_loses_nothing(
+    d_out: int, d_in: int, ranks: list[int]
+) -> None:
+    base: Adapter = {}
+    ideal = torch.zeros(d_out, d_in, dtype=torch.float64)
+    for seed, rank in enumerate(ranks):
+        change = adapter_of(d_out, d_in, rank, seed)
+        base, ideal = added(base, change), ideal + dense(change)
+    torch.testing.assert_close(dense(base), ideal, rtol=1e-10, atol=1e-10)
+    assert len(base["q.lora_A.weight"]) <= max(ranks[0], min(d_out, d_in))
+
+
+@given(SHAPES, st.integers(0, 2**31), st.floats(0.05, 1.0))
+def test_the_energy_kept_is_what_was_asked_with_the_fewest_ranks(
+    shape: tuple[int, int, int], seed: int, energy: float
+) -> None:
+    adapter = adapter_of(*shape, seed)
+    kept = keep_energy(adapter, energy)
+    squares = svd(dict(products(adapter))["q"])[1].square()
+    rank = len(kept["q.lora_A.weight"])
+    whole = float(squares.sum())
+    assert float(dense(kept).square().sum()) >= (energy - 1e-9) * whole
+    assert rank == 1 or float(squares[: rank - 1].sum()) < (energy + 1e-9) * whole

@@ -8,11 +8,12 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedtune import adapted, bases, models
+from fedtune import adapted, bases, lowrank, models, training
 from fedtune.adapter import digest
 from fedtune.config import AdapterSettings, ModelSettings
 from fedtune.errors import RecipeError
 from fedtune.models import SentenceClassifier
+from fedtune.strategies.strategy import Plan
 from fedtune.tasks import CausalLM, Classification, Task
 
 LABELS = ("a", "b", "c")
@@ -139,6 +140,31 @@ def test_peft_loads_a_saved_classifier_with_the_same_predictions(
     assert torch.equal(ours, theirs)
     about = json.loads((tmp_path / "adapter" / "fedtune.json").read_text())
     assert about["labels"] == list(LABELS)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("name", ["tiny_llama", "tiny_gpt2"])
+def test_a_change_of_the_frozen_weights_is_saved_as_an_adapter_of_higher_rank(
+    request: pytest.FixtureRequest, tmp_path: Path, name: str, rslora: bool
+) -> None:
+    """The base that PEFT loads is the checkpoint's own; linear layers and Conv1D."""
+    folder: Path = request.getfixturevalue(name)
+    settings = ModelSettings(name=str(folder), device="cpu", dtype="float64")
+    model = models.load(CausalLM(), settings, AdapterSettings(rank=2, rslora=rslora), (), 0)
+    state = perturbed(models.initial(model, 0))["adapter"]
+    others = [perturbed(models.initial(model, seed))["adapter"] for seed in (1, 2)]
+    change = lowrank.mean_product(others, [1, 2])
+    models.save(model, {"adapter": state, "base": change}, tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").double().eval()
+    assert loaded.peft_config["default"].r == 6
+    model.module.eval()
+    ids = torch.tensor([[1, 5, 6, 7]])
+    plan = Plan({"adapter": state}, frozenset(), base=change)
+    with torch.no_grad(), training.opened(model, plan):
+        ours = model.module(input_ids=ids).logits
+        theirs = loaded(input_ids=ids).logits
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
 def test_a_merged_model_needs_no_peft(tiny_llama: Path, tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune.adapter import Adapter, State, digest, norm, subtract
+from fedtune.adapter import Adapter, State, add, at_rank, digest, norm, subtract
 from fedtune.combine import Mean
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
@@ -16,7 +16,8 @@ from fedtune.strategies import STRATEGIES
 from fedtune.strategies.scaffold import Scaffold
 from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
-COUNT = 9
+COUNT = 10
+ANYBODY = ClientInfo("any", 1)
 names = pytest.mark.parametrize("name", sorted(STRATEGIES))
 
 
@@ -63,6 +64,15 @@ def _name(update: Update) -> str:
     return update.client
 
 
+def effective(state: State) -> dict[str, torch.Tensor]:
+    """Each module's dense change of the frozen weights: the base's and the adapter's product."""
+    change = dict(products(state.get("base", {})))
+    return {
+        module: own.dense() + (change[module].dense() if module in change else 0.0)
+        for module, own in products(state["adapter"])
+    }
+
+
 def close(first: State, second: State) -> bool:
     return all(norm(subtract(first[group], second[group])) < 1e-10 for group in first)
 
@@ -79,7 +89,7 @@ def test_what_is_sent_is_what_the_gate_expects(name: str) -> None:
         turn = Turn(round, strategy.broadcast(server, ClientInfo("x", 5), round), {})
         plan = strategy.plan(turn)
         sent, _ = strategy.reply(turn, plan, trained_by(plan, round))
-        schema = strategy.payload(adapter_of(9), round)
+        schema = strategy.payload(adapter_of(9), ClientInfo("x", 5), round)
         assert {g: list(a) for g, a in sent.items()} == {g: list(a) for g, a in schema.items()}
         assert all(sent[g][n].shape == schema[g][n].shape for g in sent for n in sent[g])
 
@@ -118,15 +128,15 @@ def test_one_client_is_plain_training(name: str) -> None:
         if expected:
             same = {"adapter": plan.start["adapter"]}
             assert close(same, expected) or not strategy.fixed_frame
-        expected = trained_by(plan, 1 + round)
+        expected = {**trained_by(plan, 1 + round), "base": plan.base}
         sent, personal["x"] = strategy.reply(turn, plan, expected)
         server = strategy.aggregate(server, [Update("x", 3.0, sent)], Mean(), round)
     turn = Turn(3, strategy.broadcast(server, ClientInfo("x", 10, 2), 3), personal["x"])
-    final = strategy.plan(turn).start["adapter"]
+    plan = strategy.plan(turn)
+    final: State = {"adapter": plan.start["adapter"], "base": plan.base}
     if strategy.fixed_frame:
-        assert close({"adapter": final}, {"adapter": expected["adapter"]})
-    for module, product in products(expected["adapter"]):
-        torch.testing.assert_close(dict(products(final))[module].dense(), product.dense())
+        assert close({"adapter": final["adapter"]}, {"adapter": expected["adapter"]})
+    torch.testing.assert_close(effective(final), effective(expected))
 
 
 @names
@@ -135,9 +145,7 @@ def test_equal_clients_are_one_client(name: str) -> None:
     alone, kept = play(strategy, {"a": 1}, {"a": 1.0})
     together, all_kept = play(strategy, {"a": 1, "b": 1, "c": 1}, {"a": 1.0, "b": 5.0, "c": 2.0})
     assert close(alone, together) or not strategy.fixed_frame
-    for module, product in products(alone["adapter"]):
-        other = dict(products(together["adapter"]))[module]
-        torch.testing.assert_close(product.dense(), other.dense(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(effective(alone), effective(together), rtol=1e-10, atol=1e-10)
     assert all(close(state, kept["a"]) for state in all_kept.values())
 
 
@@ -228,7 +236,7 @@ def test_ffa_lora_never_moves_or_sends_a() -> None:
     server, _ = play(strategy, {"a": 1, "b": 2}, {"a": 1.0, "b": 1.0}, 3)
     start = adapter_of(0)
     assert all(torch.equal(server["adapter"][n], start[n]) for n in start if "lora_A" in n)
-    assert not any("lora_A" in n for n in strategy.payload(start, 1)["delta"])
+    assert not any("lora_A" in n for n in strategy.payload(start, ANYBODY, 1)["delta"])
 
 
 def changes(strategy: Strategy, server: State, round: int) -> tuple[list[State], list[Update]]:
@@ -308,6 +316,40 @@ def test_flexlora_does_not_see_a_clients_gauge() -> None:
         assert all(equal) if same else not any(equal)
 
 
+@given(st.lists(st.tuples(st.integers(1, 2), st.floats(0.1, 10)), min_size=1, max_size=5))
+def test_flora_is_exact_for_clients_of_any_rank(drawn: list[tuple[int, float]]) -> None:
+    """The base is the mean of the products (aggregation identity flora.1), round after round."""
+    strategy = STRATEGIES["flora"]()
+    server = strategy.start(adapter_of(0))
+    ideal: dict[str, torch.Tensor] = {"q": torch.zeros(()), "v": torch.zeros(())}
+    for round in (1, 2):
+        updates = []
+        for number, (rank, weight) in enumerate(drawn):
+            info = ClientInfo(f"c{number}", 9, round - 1, rank)
+            turn = Turn(round, strategy.broadcast(server, info, round), {}, rank=rank)
+            plan = strategy.plan(turn)
+            moves = at_rank(adapter_of(10 * round + number), rank)
+            trained = {"adapter": add(plan.start["adapter"], moves)}
+            updates.append(Update(f"c{number}", weight, strategy.reply(turn, plan, trained)[0]))
+            for module, product in products(trained["adapter"]):
+                share = weight / sum(w for _, w in drawn)
+                ideal[module] = ideal[module] + share * product.dense()
+        server = strategy.aggregate(server, updates, Mean(), round)
+    for module, product in products(server["base"]):
+        torch.testing.assert_close(product.dense(), ideal[module], rtol=1e-10, atol=1e-10)
+    assert not any(t.any() for name, t in server["adapter"].items() if "lora_B" in name)
+
+
+def test_flora_draws_another_a_every_round() -> None:
+    """The first one again would keep every round in its row space."""
+    strategy = STRATEGIES["flora"]()
+    server, _ = play(strategy, {"a": 1}, {"a": 1.0}, 1)
+    after, _ = play(strategy, {"a": 1}, {"a": 1.0}, 2)
+    for name in (n for n in server["adapter"] if "lora_A" in n):
+        assert not torch.equal(server["adapter"][name], after["adapter"][name])
+        assert not torch.equal(server["adapter"][name], adapter_of(0)[name])
+
+
 def test_fedsvd_keeps_rows_orthonormal_and_inside_the_first_ones() -> None:
     strategy = STRATEGIES["fedsvd"]()
     server = strategy.start(adapter_of(0))
@@ -337,7 +379,7 @@ def test_where_nothing_was_learnt_a_stays_as_it_was(name: str) -> None:
 def test_fedsa_lora_sends_no_b_and_gives_each_its_own() -> None:
     strategy = STRATEGIES["fedsa_lora"]()
     server, personal = play(strategy, {"a": 1, "b": 2}, {"a": 1.0, "b": 1.0})
-    assert not any("lora_B" in n for n in strategy.payload(adapter_of(0), 1)["delta"])
+    assert not any("lora_B" in n for n in strategy.payload(adapter_of(0), ANYBODY, 1)["delta"])
     start = adapter_of(0)
     for name, tensor in server["adapter"].items():
         assert torch.equal(tensor, start[name]) == ("lora_B" in name)

@@ -126,13 +126,13 @@ def test_a_loss_that_is_not_finite_voids_the_round(model: Model) -> None:
 
 def test_evaluation_does_not_depend_on_the_batch_size(model: Model) -> None:
     state, examples = models.initial(model, 3), examples_of(11)
-    whole = evaluate(model, TASK, state, examples, 11)
-    single = evaluate(model, TASK, state, examples, 1)
+    whole = evaluate(model, TASK, plan_of(state), examples, 11)
+    single = evaluate(model, TASK, plan_of(state), examples, 1)
     assert whole["loss"] == pytest.approx(single["loss"], rel=1e-12)
     assert {k: v for k, v in whole.items() if k != "loss"} == {
         k: v for k, v in single.items() if k != "loss"
     }
-    assert evaluate(model, TASK, state, [], 4) == {}
+    assert evaluate(model, TASK, plan_of(state), [], 4) == {}
 
 
 @given(st.integers(1, 20), st.integers(1, 7), st.integers(1, 3))

@@ -256,18 +256,20 @@ def test_a_frozen_prefix_that_is_kept_changes_nothing(
 def test_evaluations_together_are_evaluations_alone(
     case: tuple[Task, ModelSettings, tuple[str, ...]],
 ) -> None:
-    """Clients with the same model and with their own; one without rows."""
+    """Clients of one model, of their own, on other frozen weights; one without rows."""
     task, settings_, labels = case
     model = models.load(task, settings_, AdapterSettings(rank=2), labels, 0)
-    jobs = [job_of(model, seed, 7 + seed, OPTIONS[0]) for seed in range(3)]
+    jobs = [job_of(model, seed, 7 + seed, OPTIONS[0]) for seed in range(4)]
     rows = [[row for batch in work.batches for row in batch] for _, work in jobs]
-    states = [jobs[0][0].start, jobs[0][0].start, jobs[2][0].start]
-    trials = [*zip(states, rows, strict=True), (states[0], [])]
+    first, other = jobs[0][0], jobs[2][0]
+    shifted = replace(first, base=other.start["adapter"])
+    trials = [*zip([first, first, other, shifted], rows, strict=True), (first, [])]
     for unpadded in (True, False):
         together = vectorized.evaluate(model, task, trials, 4, unpadded)
         assert together[-1] == {}
-        for (state, own), sums in zip(trials[:-1], together, strict=False):
-            alone = training.evaluate(model, task, state, own, 4)
+        assert together[0] != together[3]
+        for (plan, own), sums in zip(trials[:-1], together, strict=False):
+            alone = training.evaluate(model, task, plan, own, 4)
             assert sums.keys() == alone.keys()
             for name, values in alone.items():
                 assert sums[name] == pytest.approx(values, rel=1e-9)

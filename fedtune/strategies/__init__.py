@@ -5,6 +5,7 @@ from fedtune.strategies.fedsa_lora import FedSALoRA
 from fedtune.strategies.fedsvd import FedSVD
 from fedtune.strategies.ffa_lora import FFALoRA
 from fedtune.strategies.flexlora import FlexLoRA
+from fedtune.strategies.flora import FLoRA
 from fedtune.strategies.references import Centralized, LocalOnly
 from fedtune.strategies.rolora import RoLoRA
 from fedtune.strategies.scaffold import Scaffold
@@ -16,6 +17,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fedit": FedIT,
     "ffa_lora": FFALoRA,
     "rolora": RoLoRA,
+    "flora": FLoRA,
     "flexlora": FlexLoRA,
     "fedsa_lora": FedSALoRA,
     "fedsvd": FedSVD,

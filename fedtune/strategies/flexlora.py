@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.adapter import Adapter, State
+from fedtune.adapter import Adapter, State, at_rank
 from fedtune.combine import Combine
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
 from fedtune.lowrank import Product, products, stack, truncate, with_products
-from fedtune.strategies.strategy import Plan, Strategy, Turn, Update
+from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,12 @@ class FlexLoRA(Strategy):
 
     fixed_frame: ClassVar[bool] = False
     sums_only: ClassVar[bool] = False
+    mixed_ranks: ClassVar[bool] = True
     balanced: bool = True
+
+    def broadcast(self, server: State, client: ClientInfo, round: int) -> State:
+        # Singular values come in descending order: the first ranks are the best approximation.
+        return {"adapter": at_rank(server["adapter"], client.rank)}
 
     def aggregate(
         self, server: State, updates: Sequence[Update], combine: Combine, round: int
@@ -48,8 +53,11 @@ class FlexLoRA(Strategy):
     def reply(self, turn: Turn, plan: Plan, trained: State) -> tuple[State, State]:
         return {"adapter": trained["adapter"]}, {}
 
-    def payload(self, initial: Adapter, round: int) -> State:
-        return {"adapter": initial}
+    def payload(self, initial: Adapter, client: ClientInfo, round: int) -> State:
+        return {"adapter": at_rank(initial, client.rank)}
+
+    def contribution(self, server: State, update: Update, round: int) -> Adapter:
+        return update.state["adapter"]
 
     def check(self, experiment: Experiment) -> None:
         if experiment.adapter.dora:

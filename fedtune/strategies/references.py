@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.adapter import Adapter, State
+from fedtune.adapter import Adapter, State, at_rank
 from fedtune.combine import Combine
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
@@ -20,13 +20,16 @@ class LocalOnly(Strategy):
     """Each client trains its own adapter and head from the same start and keeps them."""
 
     personal: ClassVar[bool] = True
+    mixed_ranks: ClassVar[bool] = True
 
     def shares(self, name: str, round: int) -> bool:
         return False
 
     def broadcast(self, server: State, client: ClientInfo, round: int) -> State:
         # The common start is sent once; afterwards a client has its own.
-        return {} if client.last_round else {"adapter": server["adapter"]}
+        if client.last_round:
+            return {}
+        return {"adapter": at_rank(server["adapter"], client.rank)}
 
     def aggregate(
         self, server: State, updates: Sequence[Update], combine: Combine, round: int
@@ -42,7 +45,7 @@ class LocalOnly(Strategy):
     def reply(self, turn: Turn, plan: Plan, trained: State) -> tuple[State, State]:
         return {}, {"adapter": trained["adapter"]}
 
-    def payload(self, initial: Adapter, round: int) -> State:
+    def payload(self, initial: Adapter, client: ClientInfo, round: int) -> State:
         return {}
 
 
@@ -51,6 +54,7 @@ class Centralized(Strategy):
     """One client that holds the rows of all, with the same number of passes over them."""
 
     pools: ClassVar[bool] = True
+    mixed_ranks: ClassVar[bool] = True  # its one client has the largest
 
     def check(self, experiment: Experiment) -> None:
         if experiment.cohort != "all":

@@ -59,7 +59,7 @@ class Scaffold(Strategy):
         }
         return {**sent, "control": subtract(after, own)}, {"control": after}
 
-    def payload(self, initial: Adapter, round: int) -> State:
+    def payload(self, initial: Adapter, client: ClientInfo, round: int) -> State:
         return {"delta": initial, "control": initial}
 
     def check(self, experiment: Experiment) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-from fedtune.adapter import Adapter, State, add, pick, subtract
+from fedtune.adapter import Adapter, State, add, pick, pick_groups, subtract
 from fedtune.combine import Combine
 from fedtune.config import Experiment
 
@@ -24,11 +24,13 @@ class ClientInfo:
         name: its name.
         examples: training rows, as it says itself.
         last_round: the last round whose reply was accepted, 0 for none.
+        rank: of its adapter, 0 for the recipe's own.
     """
 
     name: str
     examples: int
     last_round: int = 0
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,14 @@ class Turn:
         received: what the coordinator broadcast to it.
         personal: what it kept to itself in an earlier round, {} at first.
         rates_sum: the learning rates of the round's steps, added up.
+        rank: of the client's adapter, 0 for the recipe's own.
     """
 
     round: int
     received: State
     personal: State
     rates_sum: float = 1.0
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -94,12 +98,14 @@ class Strategy:
     Class attributes:
         fixed_frame: whether coordinates mean the same every round (else no server moments).
         sums_only: whether `aggregate` needs only a weighted sum (secure aggregation).
+        mixed_ranks: whether clients may have adapters of different ranks.
         personal: whether the model that counts is each client's own.
         pools: whether one client holds the rows of all: a reference, not federated learning.
     """
 
     fixed_frame: ClassVar[bool] = True
     sums_only: ClassVar[bool] = True
+    mixed_ranks: ClassVar[bool] = False
     personal: ClassVar[bool] = False
     pools: ClassVar[bool] = False
 
@@ -116,8 +122,11 @@ class Strategy:
         return {"adapter": initial}
 
     def broadcast(self, server: State, client: ClientInfo, round: int) -> State:
-        """What `client` receives in `round`; for an evaluation too."""
-        return {"adapter": server["adapter"]}
+        """What `client` receives in `round`; for an evaluation too.
+
+        The base travels whole: whoever missed rounds is up to date with the next message.
+        """
+        return pick_groups(server, "adapter", "base")
 
     def aggregate(
         self, server: State, updates: Sequence[Update], combine: Combine, round: int
@@ -141,7 +150,7 @@ class Strategy:
         """What the client begins from and trains; its start is also the model it evaluates."""
         start = turn.received["adapter"]
         names = frozenset(name for name in start if self.trains(name, turn.round))
-        return Plan({"adapter": start}, names)
+        return Plan({"adapter": start}, names, base=turn.received.get("base", {}))
 
     def reply(self, turn: Turn, plan: Plan, trained: State) -> tuple[State, State]:
         """(what is sent, what the client keeps to itself)."""
@@ -149,9 +158,21 @@ class Strategy:
         shared = [name for name in change if self.shares(name, turn.round)]
         return {"delta": pick(change, shared)}, {}
 
-    def payload(self, initial: Adapter, round: int) -> State:
-        """Tensors of the names, shapes and dtypes that `reply` sends: the gate's schema."""
+    def payload(self, initial: Adapter, client: ClientInfo, round: int) -> State:
+        """Tensors of the names, shapes and dtypes that `client` sends: the gate's schema."""
         return {"delta": {name: t for name, t in initial.items() if self.shares(name, round)}}
+
+    def contribution(self, server: State, update: Update, round: int) -> Adapter | None:
+        """The adapter that the client ended with, beside the base it was sent.
+
+        None where the update does not tell, since the client keeps a part. Metrics and `oracle`
+        compare what was aggregated with the mean of these adapters' products.
+        """
+        if self.personal:
+            return None
+        delta = update.state["delta"]
+        moved = add(pick(server["adapter"], frozenset(delta)), delta)
+        return {**server["adapter"], **moved}
 
     def check(self, experiment: Experiment) -> None:
         """Refuse, with a RecipeError, settings that have no meaning for this strategy."""

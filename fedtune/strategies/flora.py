@@ -1,0 +1,77 @@
+"""FLoRA: stack the clients' factors into the base, and begin afresh.
+
+Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
+Adaptations", NeurIPS 2024, https://arxiv.org/abs/2409.05976. The stack [p_1 B_1 ...] [A_1; ...] is
+the mean of the products, exactly; clients may have different ranks. FLoRIST, Ramesh and Dubey 2025,
+https://arxiv.org/abs/2506.09199, keeps of it what `energy` says.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from fedtune.adapter import Adapter, State, at_rank, digest, rank_axis
+from fedtune.combine import Combine
+from fedtune.errors import RecipeError
+from fedtune.lowrank import added, keep_energy, mean_product
+from fedtune.seeds import generator
+from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
+
+
+@dataclass(frozen=True)
+class FLoRA(Strategy):
+    """The mean of the products joins the base every round; each round has a new adapter.
+
+    Attributes:
+        energy: the share of the squared singular values that joins the base, module by module; 1
+            is all of it (FLoRA), less is FLoRIST.
+    """
+
+    fixed_frame: ClassVar[bool] = False
+    sums_only: ClassVar[bool] = False
+    mixed_ranks: ClassVar[bool] = True
+    energy: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Refuse what is no share."""
+        if not 0 < self.energy <= 1:
+            raise RecipeError(f"strategy flora: energy = {self.energy} must be in (0, 1].")
+
+    def broadcast(self, server: State, client: ClientInfo, round: int) -> State:
+        sent = super().broadcast(server, client, round)
+        return {**sent, "adapter": at_rank(sent["adapter"], client.rank)}
+
+    def aggregate(
+        self, server: State, updates: Sequence[Update], combine: Combine, round: int
+    ) -> State:
+        mean = mean_product([u.state["adapter"] for u in updates], [u.weight for u in updates])
+        if self.energy < 1:
+            mean = keep_energy(mean, self.energy)
+        base = added(server.get("base", {}), mean)
+        return {**server, "adapter": _afresh(server["adapter"], round), "base": base}
+
+    def reply(self, turn: Turn, plan: Plan, trained: State) -> tuple[State, State]:
+        return {"adapter": trained["adapter"]}, {}
+
+    def payload(self, initial: Adapter, client: ClientInfo, round: int) -> State:
+        return {"adapter": at_rank(initial, client.rank)}
+
+    def contribution(self, server: State, update: Update, round: int) -> Adapter:
+        return update.state["adapter"]
+
+
+def _afresh(adapter: Adapter, round: int) -> Adapter:
+    """B = 0 and A as LoRA draws it, uniform up to 1 / sqrt(d_in), new in every round.
+
+    The first A again would keep all rounds in its row space.
+    """
+    draws = generator(digest({"adapter": adapter}), "afresh", round)
+    fresh = {}
+    for name, tensor in adapter.items():
+        values = torch.zeros_like(tensor)
+        if rank_axis(name) == 0:
+            values.uniform_(-1, 1, generator=draws).div_(tensor.shape[1] ** 0.5)
+        fresh[name] = values
+    return fresh
