@@ -31,7 +31,15 @@ Pipe: TypeAlias = "Connection[object, object]"
 
 
 class View(Protocol):
-    """Whoever is told what happens."""
+    """Whoever is told what happens.
+
+    Attributes:
+        title: of what is planned next, "cells".
+        labels: what a person calls the cells, by key.
+    """
+
+    title: str
+    labels: dict[str, str]
 
     def planned(self, cells: Mapping[str, Experiment], complete: set[str]) -> None:
         """These cells are wanted, by key; some are finished already."""

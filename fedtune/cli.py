@@ -148,9 +148,9 @@ def _show_comparison(done: Any, paths: list[Path]) -> None:
         out.print(tables.titled(title, table))
     found = len(done.seeds)
     out.print(
-        f"\n{done.cells} cells, {human_time(done.seconds)} of their time. Differences are paired by "
-        f"seed; p: paired t over {found} seed{'s' if found > 1 else ''}, Holm over all strategies. "
-        "comparison.md has every table and how the numbers were made."
+        f"\n{done.cells} cells, {human_time(done.seconds)} of their time. Differences are paired "
+        f"by seed; p: paired t over {found} seed{'s' if found > 1 else ''}, Holm over all "
+        "strategies. comparison.md has every table and how the numbers were made."
     )
     out.print("\n".join(map(str, paths)), markup=False, soft_wrap=True)
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 from filelock import FileLock, Timeout
 
 from fedtune import evidence, launch, scores, tuning
-from fedtune.cells import Runner
+from fedtune.cells import Runner, View
 from fedtune.comparison import (
     GLOBAL,
     PROTOCOLS,
@@ -28,12 +28,11 @@ from fedtune.evidence import Evidence
 from fedtune.identity import code
 from fedtune.report import LOWER_IS_BETTER
 from fedtune.study import Cell, Study
-from fedtune.study_progress import StudyProgress
 
 Arms = dict[str, Evidence]
 
 
-def compare(study: Study, view: StudyProgress, workers: int = 0) -> Comparison:
+def compare(study: Study, view: View, workers: int = 0) -> Comparison:
     """Run every cell that is not finished, then compare.
 
     Args:
@@ -135,7 +134,7 @@ def _claim(study: Study) -> None:
         raise RecipeError(f"{folder} cannot be written to: {error}.") from error
 
 
-def _tuned(study: Study, runner: Runner, view: StudyProgress) -> list[Tuning]:
+def _tuned(study: Study, runner: Runner, view: View) -> list[Tuning]:
     if study.tune is None:
         return []
     view.title = f"tuning {study.tune.key}"

@@ -185,9 +185,7 @@ def _rich(table: Table, kept: Sequence[str]) -> RichTable:
     places = [n for n, name in enumerate(table.columns) if name in kept]
     made = RichTable(box=None, pad_edge=False)
     for place in places:
-        made.add_column(
-            table.columns[place], justify="right" if place else "left", no_wrap=True
-        )
+        made.add_column(table.columns[place], justify="right" if place else "left", no_wrap=True)
     for number, row in enumerate(table.rows):
         style = "bold" if number in table.bold else ""
         made.add_row(*(Text(row[place]) for place in places), style=style)

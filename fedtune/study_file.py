@@ -74,6 +74,8 @@ def _of(flat: dict[str, Any], vary: dict[str, Any], told: dict[str, Any]) -> Stu
             )
         if key in FREE:
             raise RecipeError(f"vary.{key}: {key} does not change a result; leave it out.")
+        for value in axes[key]:
+            Experiment.from_flat({key: value})
     told = _checked(told)
     base = Experiment.from_flat(flat | {key: values[0] for key, values in axes.items()})
     chosen = tuple(str(s) for s in axes.pop("strategy", (base.strategy,)))

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from clients import app, client, pool
 from fedtune import launch, parts, wire
 from fedtune.config import Experiment
-from fedtune.processes import can_fork
 from fedtune.errors import RecipeError
+from fedtune.processes import can_fork
 from server.app import app as server_app
 
 ROOT = Path(__file__).parent.parent
