@@ -74,7 +74,8 @@ def quality(comparison: Comparison, condition: Condition, protocol: str) -> Tabl
     gap = f"minus {comparison.baseline}"
     columns = ["arm", "model", _words(metric), gap, "p", "p (Holm)", "p (flips)", "worst client"]
     columns += ["spread", *map(_words, others)]
-    title = f"{PROTOCOLS[protocol]}; {len(comparison.seeds)} seeds, 95 % intervals"
+    seeds = len(comparison.seeds)
+    title = f"{PROTOCOLS[protocol]}; {seeds} seed{'s' if seeds > 1 else ''}, 95 % intervals"
     means = [score.mean for arm, score in shown if arm.role == "strategy"]
     best = (max if comparison.direction == "higher" else min)(means, default=None)
     bold = [n for n, (arm, s) in enumerate(shown) if arm.role == "strategy" and s.mean == best]

@@ -95,6 +95,7 @@ class EvaluationSettings:
 
     every: int = 1  # rounds; the last round is always evaluated
     batch_size: int = 64
+    pooled: bool = True  # in the last round, personal models on the test rows of all clients too
     samples: int = 0  # generated answers of each client in the report (generative tasks)
 
 

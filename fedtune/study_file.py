@@ -83,7 +83,8 @@ def _of(flat: dict[str, Any], vary: dict[str, Any], told: dict[str, Any]) -> Stu
     extra = [name for name in parts.reference_names(base) if name not in named]
     tune = _section(told, "tune.")
     study = Study(
-        base=base.replace(references="none", evaluation__samples=0),
+        # A comparison has no use for either, and personal models on all rows take long.
+        base=base.replace(references="none", evaluation__samples=0, evaluation__pooled=False),
         strategies=chosen,
         seeds=tuple(int(s) for s in axes.pop("seed", (base.seed,))),
         axes=axes,
