@@ -265,8 +265,8 @@ def _notes(study: Study, shown: dict[str, Arms]) -> list[str]:
         for protocol, what in PROTOCOLS.items()
     ]
     notes += [
-        "Arms of one seed share shards, initial adapter, cohorts and batches, so differences are "
-        "paired by seed.",
+        "Arms of one seed share shards, initial adapter (but for methods that define their own), "
+        "cohorts and batches, so differences are paired by seed.",
         "Intervals are 95 %: of a mean Student's t over seeds; of a difference the percentile "
         "bootstrap, 2,000 draws of seeds and of the clients in them. With few seeds the bootstrap "
         "of seeds is too narrow; the t interval is not, if seeds are normal.",

@@ -13,6 +13,7 @@ from fedtune.config import Leaf
 from fedtune.report import human_bytes, human_time
 
 NONE = "-"
+SHOWN = ("relative_error", "effective_rank", "drift")  # of the diagnostics; files have all
 LATEX = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -84,7 +85,7 @@ def quality(comparison: Comparison, condition: Condition, protocol: str) -> Tabl
 
 def cost(comparison: Comparison, condition: Condition) -> Table:
     """What each arm took, and what its rounds showed."""
-    names = sorted({name for arm in condition.arms for name in arm.aggregation})
+    names = [n for n in SHOWN if any(n in arm.aggregation for arm in condition.arms)]
     columns = ["arm", "rounds", "up", "down", "time"]
     if comparison.target is not None:
         sign = ">=" if comparison.direction == "higher" else "<="

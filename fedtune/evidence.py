@@ -44,7 +44,7 @@ class Evidence:
     @property
     def federated(self) -> bool:
         """Whether anything was learnt from others, so that bytes mean something."""
-        return not (self.untuned or self.pools or self.name == "local_only")
+        return not self.untuned and _class_of(self.name).joins
 
     def records(self, seed: int) -> Sequence[RoundRecord]:
         """A cell's rounds, of the untuned model the first."""

@@ -18,7 +18,7 @@ from fedtune.records import RoundRecord, Sums, merge, padding
 
 CLASSIFICATION = ("accuracy", "macro_f1", "precision", "recall", "loss")
 LANGUAGE_MODEL = ("loss", "perplexity", "token_accuracy")
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "backdoor")
 Z = 1.959963984540054  # of a 95 % interval
 
 

@@ -117,7 +117,7 @@ def curve(evidence: Evidence, seed: int, metrics: Sequence[str]) -> Curve:
         summarise(pooled(r)) if len(r.evaluation.get("own", {})) == clients else {} for r in records
     ]
     moved = [r.bytes_up + r.bytes_down if evidence.federated else 0 for r in records]
-    told = [dict(getattr(r, "aggregation", {})) for r in records]
+    told = [r.aggregation for r in records]
     names = sorted(set().union(*told)) if evidence.federated else []
     return Curve(
         seed=seed,
@@ -168,7 +168,9 @@ def _reached(curve: Curve, metric: str, target: float) -> int | None:
 
 
 def _by_client(evidence: Evidence, seed: int, metric: str) -> list[float]:
-    return [float(v) for v in statistics.metric_of(metric, evidence.sample(seed, whole=False))]
+    """The metric of each client that has rows to measure it on."""
+    values = statistics.metric_of(metric, evidence.sample(seed, whole=False))
+    return [float(value) for value in values if not np.isnan(value)]
 
 
 def _unlike(arms: Sequence[Evidence], seeds: Sequence[int]) -> bool:

@@ -83,7 +83,7 @@ def metric_of(metric: str, sums: Mapping[str, Array]) -> Array:
 
     Args:
         metric: its name.
-        sums: name -> array (..., numbers).
+        sums: name -> array (..., numbers); where they are of no rows the metric is NaN.
 
     Raises:
         KeyError: the sums do not have the metric.
@@ -91,7 +91,8 @@ def metric_of(metric: str, sums: Mapping[str, Array]) -> Array:
     if metric == "perplexity":
         return np.exp(np.minimum(metric_of("loss", sums), 700.0))
     if metric not in ("macro_f1", "precision", "recall"):
-        return np.asarray(sums[metric][..., 0] / sums[metric][..., 1])
+        total, count = sums[metric][..., 0], sums[metric][..., 1]
+        return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
     right, predicted, actual = (sums[k] for k in ("true_positive", "predicted", "actual"))
     below = {"precision": predicted, "recall": actual, "macro_f1": (predicted + actual) / 2}[metric]
     shares = np.divide(right, below, out=np.zeros_like(right), where=below > 0)
@@ -158,7 +159,7 @@ class Resampling:
 
 def percentiles(draws: Array) -> tuple[float, float]:
     """The 95 % percentile interval of bootstrap draws."""
-    low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     return float(low), float(high)
 
 

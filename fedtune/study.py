@@ -121,7 +121,10 @@ class Study:
 
     def metrics(self) -> tuple[str, ...]:
         """What the task measures, the deciding one first."""
-        counts = parts.resolve(self.base).task.metrics(("a", "b"))
+        counts: dict[str, int] = {}
+        for _, changes in self.conditions():
+            found = parts.resolve(Experiment.from_flat({**self.base.flat(), **changes}))
+            counts |= found.task.metrics(("a", "b")) | found.attack.metrics
         sums = {name: [1.0] * count for name, count in counts.items()}
         shown = [*report.metrics_of(sums), *report.summarise(sums)]
         first = self.metric or shown[0]
@@ -153,12 +156,14 @@ class Study:
     ) -> Experiment:
         """One cell's experiment, named by its key.
 
-        How updates are joined is no part of a reference, so that one is shared by all combiners.
+        How updates are joined is no part of a reference: one is shared by all combiners.
         """
         flat = {**self.base.flat(), **settings, "seed": seed}
         experiment = Experiment.from_flat(flat if role == "reference" else flat | {"strategy": arm})
         if role == "reference":
-            experiment = parts.reference(experiment.replace(combine="mean"), arm)
+            experiment = parts.reference(
+                experiment.replace(combine="mean", server_optimizer="none"), arm
+            )
         return experiment.replace(name=key_of(experiment), output=str(self.folder / "cells"))
 
     def check(self) -> None:
@@ -179,7 +184,6 @@ class Study:
                 f"study.baseline = '{self.baseline}' is no arm of the study."
                 f"{nearest(self.baseline, names)} Arms: {', '.join(names)}."
             )
-        self.metrics()
         if self.tune:
             _check_tune(self.tune, self.axes)
         for cell in self.cells():
@@ -188,6 +192,7 @@ class Study:
             except RecipeError as error:
                 where = f"{cell.arm}{', ' if cell.condition else ''}{cell.condition}"
                 raise RecipeError(f"{where}: {error}") from error
+        self.metrics()
 
     def text(self) -> str:
         """The study as TOML, every key written out."""

@@ -120,6 +120,7 @@ def _arm(
         value = accuracy + draw.uniform(-0.02, 0.02)
         values.append(value)
         shares = [1 - math.exp(-2 * k) if last else 1.0 for k in rounds]
+        errors = [None, *(0.1 / k for k in rounds[1:])]
         path = [0.02 + (value - 0.02) * share for share in shares]
         curves.append(
             Curve(
@@ -128,7 +129,7 @@ def _arm(
                 values={"accuracy": list(path), "loss": [3 * (1 - v) for v in path]},
                 bytes=[1_500_000 * k if federated else 0 for k in rounds],
                 seconds=[2.0 * k + 1 for k in rounds],
-                aggregation={"error": [None, *(0.1 / k for k in rounds[1:])]} if federated else {},
+                aggregation={"relative_error": errors} if federated else {},
             )
         )
         if name != "centralized":
@@ -147,7 +148,7 @@ def _arm(
     )
     scores = [_score(p, m, values, name) for p in protocols for m in METRICS]
     settings = {"train.learning_rate": 0.005} if name == "fedit" else {}
-    aggregation = {"error": 0.05, "effective_rank": 3.2} if federated else {}
+    aggregation = {"relative_error": 0.05, "effective_rank": 3.2} if federated else {}
     return Arm(name, role, kind, scores, cost, held, curves, aggregation, dict(settings))
 
 

@@ -8,7 +8,7 @@ https://arxiv.org/abs/2506.09199, keeps of it what `energy` says.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -29,7 +29,10 @@ class FLoRA(Strategy):
             is all of it (FLoRA), less is FLoRIST.
     """
 
+    admits_dora: ClassVar[bool] = False
+    changes_base: ClassVar[bool] = True
     fixed_frame: ClassVar[bool] = False
+    sends: ClassVar[Literal["delta", "adapter"]] = "adapter"
     sums_only: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = True
     energy: float = 1.0
