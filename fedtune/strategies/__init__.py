@@ -12,6 +12,7 @@ from fedtune.strategies.flexlora import FlexLoRA
 from fedtune.strategies.flora import FLoRA
 from fedtune.strategies.frlora import FRLoRA
 from fedtune.strategies.hetlora import HetLoRA
+from fedtune.strategies.hetlora_sum import HetLoRASum
 from fedtune.strategies.lora_fair import LoRAFAIR
 from fedtune.strategies.oracle import Oracle
 from fedtune.strategies.ravan import Ravan
@@ -32,6 +33,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "fedsvd": FedSVD,
     "scaffold": Scaffold,
     "hetlora": HetLoRA,
+    "hetlora_sum": HetLoRASum,
     "fedex_lora": FedExLoRA,
     "fedmomentum": FedMomentum,
     "frlora": FRLoRA,

@@ -68,13 +68,15 @@ class FLoRA(Strategy):
 def _afresh(adapter: Adapter, round: int) -> Adapter:
     """B = 0 and A as LoRA draws it, uniform up to 1 / sqrt(d_in), new in every round.
 
-    The first A again would keep all rounds in its row space.
+    The first A again would keep all rounds in its row space. Each tensor has draws of its own: one
+    that was read from a checkpoint has another order of names.
     """
-    draws = generator(digest({"adapter": adapter}), "afresh", round)
+    last = digest({"adapter": adapter})
     fresh = {}
     for name, tensor in adapter.items():
         values = torch.zeros_like(tensor)
         if rank_axis(name) == 0:
+            draws = generator(last, "afresh", name, round)
             values.uniform_(-1, 1, generator=draws).div_(tensor.shape[1] ** 0.5)
         fresh[name] = values
     return fresh
