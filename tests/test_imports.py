@@ -16,7 +16,8 @@ LAYERS = [
     {"aggregation", "prefix", "shards", "tokens"},
     {"adapted", "attacks", "bases", "composition", "heads", "models", "wire", "parts"},
     {"products", "training", "trunk", "report", "statistics"},
-    {"resident", "stacked", "exporting", "page", "page_template", "planning", "progress", "tables"},
+    {"resident", "stacked", "exporting", "planning", "progress", "tables"}
+    | {"page", "page_style", "page_template", "pages"},
     {"vectorized"},
     {"flower", "launch", "study", "study_progress"},
     {"cells", "evidence", "study_file"},
