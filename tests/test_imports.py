@@ -17,7 +17,7 @@ LAYERS = [
     {"adapted", "attacks", "bases", "composition", "heads", "models", "wire", "parts"},
     {"products", "training", "trunk", "report", "statistics"},
     {"resident", "stacked", "exporting", "planning", "progress", "tables"}
-    | {"page", "page_style", "page_template", "pages"},
+    | {"page", "page_style", "page_template", "pages", "verdict"},
     {"vectorized"},
     {"flower", "launch", "study", "study_progress"},
     {"cells", "evidence", "study_file"},
