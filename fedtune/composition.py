@@ -61,6 +61,11 @@ def _strategy(e: Experiment, parts: Parts) -> Iterator[str]:
             "changes the frozen weights. Set model.quantization = 'none', or a strategy that "
             "leaves them, such as 'fedit'."
         )
+    if e.adapter.init != "default" and strategy.begins == "principal":
+        yield (
+            f"{named} begins from the principal factors of the weights, so adapter.init = "
+            f"'{e.adapter.init}' has no meaning. Set adapter.init = 'default'."
+        )
     if e.adapter.ranks and not strategy.mixed_ranks:
         able = ", ".join(sorted(name for name, kind in STRATEGIES.items() if kind.mixed_ranks))
         yield (
@@ -134,10 +139,10 @@ def _attack(e: Experiment, parts: Parts) -> Iterator[str]:
             f"{named} changes labels, but task = '{e.task}' has none. Set attack to one on "
             "replies, such as 'sign_flip', or task = 'classification'."
         )
-    if attack.needs_factors and not _sends_both(strategy):
+    if attack.needs_factors and (strategy.personal or not _sends_both(strategy)):
         yield (
-            f"{named} rewrites both factors, but strategy = '{e.strategy}' does not send both in "
-            "one round. Set another attack, or strategy = 'fedit'."
+            f"{named} rewrites both factors, but strategy = '{e.strategy}' does not send both, and "
+            "nothing else of them, in one round. Set another attack, or strategy = 'fedit'."
         )
     if attack.forges and e.adapter.ranks:
         yield (

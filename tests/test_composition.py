@@ -63,11 +63,22 @@ REFUSED: dict[str, dict[str, set[str]]] = {
     "flora": {**PRODUCTS, **FROZEN_BASE},
     "flexlora": PRODUCTS,
     "hetlora": PRODUCTS,
+    "hetlora_sum": PRODUCTS,
     "fedmomentum": {**PRODUCTS, **FROZEN_BASE},
     "fedex_lora": {**CORRECTED, "server_optimizer": MOMENTS, **ONE_RANK, **FROZEN_BASE},
     "frlora": {**CORRECTED, "server_optimizer": MOMENTS, **ONE_RANK, **FROZEN_BASE},
     "oracle": {**CORRECTED, "server_optimizer": MOMENTS, **FROZEN_BASE},
     "lora_fair": {**CORRECTED, **ONE_RANK},
+    "lora_a2": {"combine": COORDINATES, "attack": GAUGE, **NO_DORA, **ONE_RANK},
+    "feddpa": {"combine": COORDINATES, "attack": GAUGE, **NO_DORA, **ONE_RANK},
+    "pf2lora": {"combine": COORDINATES, "attack": GAUGE, **NO_DORA, **ONE_RANK},
+    "fedalt": {
+        "combine": DISTANCES | COORDINATES,
+        "server_optimizer": MOMENTS,
+        "attack": FORGED | GAUGE,
+        **NO_DORA,
+        **ONE_RANK,
+    },
     "local_only": {
         "combine": DISTANCES | COORDINATES,
         "server_optimizer": MOMENTS,
@@ -92,7 +103,7 @@ def test_every_pair_is_in_the_table() -> None:
     assert VALUES["combine"].keys() == COMBINES.keys()
     assert VALUES["attack"].keys() == ATTACKS.keys()
     assert len(PAIRS) == len(STRATEGIES) * (11 + 5 + 8 + 2 + 2 + 2)
-    assert sum(len(names) for keys in REFUSED.values() for names in keys.values()) == 222
+    assert sum(len(names) for keys in REFUSED.values() for names in keys.values()) == 276
 
 
 @pytest.mark.parametrize(("strategy", "key", "name"), PAIRS)
