@@ -227,7 +227,11 @@ def _base_change(before: Product | None, after: Product | None) -> list[Product]
     if before is None:
         return [after]
     same = len(before.A)
-    if torch.equal(after.A[:same], before.A) and torch.equal(after.B[:, :same], before.B):
+    began = Product(after.B[:, :same], after.A[:same])
+    if all(
+        one.dtype == other.dtype and torch.equal(one, other)
+        for one, other in ((began.A, before.A), (began.B, before.B))
+    ):
         return [Product(after.B[:, same:], after.A[same:])]
     return [after, _negative(before)]
 

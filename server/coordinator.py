@@ -234,7 +234,8 @@ class Coordinator:
         last = round == self.experiment.rounds
         scopes = ["own"]
         tested = [name for name, member in self.roster.members.items() if member.test_examples]
-        if last and tested and self.parts.strategy.personal and len(self.roster.members) > 1:
+        several = len(self.roster.members) > 1 and self.experiment.evaluation.pooled
+        if last and tested and self.parts.strategy.personal and several:
             scopes.append("pooled")
         evaluation: dict[str, dict[str, Sums]] = {}
         expected = self.metrics | self.parts.attack.metrics

@@ -53,7 +53,7 @@ class FLoRA(Strategy):
         if self.energy < 1:
             mean = keep_energy(mean, self.energy)
         base = added(server.get("base", {}), mean)
-        return {**server, "adapter": _afresh(server["adapter"], round), "base": base}
+        return {**server, "adapter": afresh(server["adapter"], round), "base": base}
 
     def reply(self, turn: Turn, plan: Plan, trained: State) -> tuple[State, State]:
         return {"adapter": trained["adapter"]}, {}
@@ -65,7 +65,7 @@ class FLoRA(Strategy):
         return update.state["adapter"]
 
 
-def _afresh(adapter: Adapter, round: int) -> Adapter:
+def afresh(adapter: Adapter, round: int) -> Adapter:
     """B = 0 and A as LoRA draws it, uniform up to 1 / sqrt(d_in), new in every round.
 
     The first A again would keep all rounds in its row space. Each tensor has draws of its own: one
