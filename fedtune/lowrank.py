@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedtune.adapter import Adapter
+from fedtune.adapter import Adapter, pick
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def products(adapter: Adapter) -> Iterator[tuple[str, Product]]:
     """
     for name, a in adapter.items():
         if ".lora_A." in name:
-            partner = name.replace(".lora_A.", ".lora_B.")
+            partner = _partner(name)
             if partner not in adapter:
                 raise ValueError(f"'{name}' has no '{partner}'")
             yield name.split(".lora_A.")[0], Product(adapter[partner], a)
@@ -48,7 +48,7 @@ def with_products(adapter: Adapter, change: Callable[[str, Product], Product]) -
         new = change(module, product)
         for key, tensor in (("A", new.A), ("B", new.B)):
             name = f"{module}.lora_{key}.weight"
-            changed[name] = tensor.to(adapter[name].dtype)
+            changed[name] = tensor.to(adapter[name].dtype).contiguous()
     return changed
 
 
@@ -165,7 +165,7 @@ def named(modules: Mapping[str, Product], like: Adapter) -> Adapter:
     for module, product in modules.items():
         for key, tensor in (("A", product.A), ("B", product.B)):
             name = f"{module}.lora_{key}.weight"
-            adapter[name] = tensor.to(like[name].dtype)
+            adapter[name] = tensor.to(like[name].dtype).contiguous()
     return adapter
 
 
@@ -238,3 +238,46 @@ def split(u: Tensor, s: Tensor, vt: Tensor, rank: int, *, balanced: bool) -> Pro
     return Product(
         torch.nn.functional.pad(b, (0, missing)), torch.nn.functional.pad(a, (0, 0, 0, missing))
     )
+
+
+def factors(adapter: Adapter) -> frozenset[str]:
+    """The names of all factors whose partner is there too."""
+    first = {name for name in adapter if ".lora_A." in name and _partner(name) in adapter}
+    return frozenset(first | {_partner(name) for name in first})
+
+
+def _partner(name: str) -> str:
+    return name.replace(".lora_A.", ".lora_B.")
+
+
+def changes(before: Adapter, delta: Adapter) -> dict[str, Product]:
+    """The change of each module's product of which `delta` moves both factors.
+
+    (B + dB)(A + dA) - B A = [dB, B] [A + dA; dA]: of twice the rank, and without the difference of
+    two large products, in which a small change would be lost.
+    """
+    moved = {}
+    for module, d in products(pick(delta, factors(delta))):
+        a, b = (before[f"{module}.lora_{key}.weight"].double() for key in ("A", "B"))
+        d_a, d_b = d.A.double(), d.B.double()
+        moved[module] = Product(torch.cat([d_b, b], dim=1), torch.cat([a + d_a, d_a]))
+    return moved
+
+
+def gram(terms: Sequence[Mapping[str, Product]]) -> Tensor:
+    """<X_i, X_j> = sum over modules of tr((B_i^T B_j)(A_j A_i^T)), (clients, clients) float64.
+
+    Args:
+        terms: module -> product of each client, of the same modules and any ranks.
+    """
+    count = len(terms)
+    inner = torch.zeros(count, count, dtype=torch.float64)
+    for module in terms[0] if terms else ():
+        own = [term[module] for term in terms]
+        columns = torch.cat([product.B.double() for product in own], dim=1)
+        rows = torch.cat([product.A.double() for product in own])
+        whose = torch.cat([torch.full((len(p.A),), i) for i, p in enumerate(own)])
+        for i, product in enumerate(own):
+            traces = (product.B.double().T @ columns) * (product.A.double() @ rows.T)
+            inner[i].index_add_(0, whose, traces.sum(dim=0))
+    return (inner + inner.T) / 2

@@ -17,6 +17,7 @@ from flwr.serverapp import Grid
 
 from fedtune import adapter, aggregation, models, parts, wire
 from fedtune.adapter import Adapter, State
+from fedtune.attacks import colluded
 from fedtune.config import Experiment
 from fedtune.errors import RunError
 from fedtune.heads import HeadRule
@@ -24,7 +25,7 @@ from fedtune.models import Model
 from fedtune.records import Rejection, RoundRecord, Sums
 from fedtune.strategies.strategy import ClientInfo, Update
 from fedtune.wire import Address, RejectedError
-from server import checkpoint, exchange, journal, roster
+from server import checkpoint, exchange, joining, journal, roster
 from server.checkpoint import Checkpoint
 from server.roster import Roster
 
@@ -79,6 +80,7 @@ class Coordinator:
         for reason in self.roster.refusals:
             log.warning("a node does not take part: %s", reason)
         roster.require_quorum(self.roster, self.parts.cohort, e.coordinator)
+        joining.require(self.parts, sorted(self.roster.members))
         self._say("roster", f"{len(self.roster.members)} clients", rounds=e.rounds)
         self.metrics = self.parts.task.metrics(self.roster.labels)
         with RESIDENT:
@@ -125,7 +127,7 @@ class Coordinator:
                 f"are needed (coordinator.minimum_replies). {reasons}. Nothing of this round was "
                 "kept; run the same command again to repeat it."
             )
-        after = self._aggregate(server, updates, round) if updates else server
+        after = joining.join(self.parts, server, updates, round) if updates else server
         moved = adapter.norm(adapter.subtract(after["adapter"], server["adapter"]))
         compared = aggregation.of_round(self.parts.strategy, server, updates, after, round)
         for update in updates:
@@ -133,14 +135,6 @@ class Coordinator:
         last, every = round == self.experiment.rounds, self.experiment.evaluation.every
         evaluation = self._evaluate(after, round, tally) if last or round % every == 0 else {}
         self._commit(after, round, names, began, tally, evaluation, moved, compared)
-        return after
-
-    def _aggregate(self, server: State, updates: Sequence[Update], round: int) -> State:
-        after = self.parts.strategy.aggregate(server, updates, self.parts.combine, round)
-        if self.head.shared and "head" in server:
-            heads = [update.state["head"] for update in updates]
-            mean = self.parts.combine(heads, [update.weight for update in updates])
-            after = {**after, "head": adapter.add(server["head"], mean)}
         return after
 
     def _broadcast(self, server: State, name: str, round: int) -> State:
@@ -232,23 +226,26 @@ class Coordinator:
             tally.tokens = [a + b for a, b in zip(tally.tokens, tokens, strict=True)]
         tally.train = dict(sorted(tally.train.items()))
         tally.rejected.sort(key=lambda rejection: rejection.client)
-        return sorted(updates, key=lambda update: update.client)
+        updates.sort(key=lambda update: update.client)
+        return colluded(updates, self.parts.attack, sorted(self.roster.members))
 
     def _evaluate(self, server: State, round: int, tally: Tally) -> dict[str, dict[str, Sums]]:
         """Metrics on own test rows, and for personal models in the last round on pooled ones."""
         last = round == self.experiment.rounds
         scopes = ["own"]
         tested = [name for name, member in self.roster.members.items() if member.test_examples]
-        if last and tested and self.parts.strategy.personal and len(self.roster.members) > 1:
+        several = len(self.roster.members) > 1 and self.experiment.evaluation.pooled
+        if last and tested and self.parts.strategy.personal and several:
             scopes.append("pooled")
         evaluation: dict[str, dict[str, Sums]] = {}
+        expected = self.metrics | self.parts.attack.metrics
         for scope in scopes:
             names = tested if scope == "own" else list(self.roster.members)
             contents, sums = {}, {}
             for name, address, content in self._ask("evaluate", server, names, round, tally, scope):
                 contents[name] = content
                 try:
-                    sums[name] = wire.gate_metrics(content, address, self.metrics)
+                    sums[name] = wire.gate_metrics(content, address, expected)
                 except RejectedError as error:
                     self._reject(tally, Rejection(name, error.code, error.reason))
             evaluation[scope] = dict(sorted(sums.items()))

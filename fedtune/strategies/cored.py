@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.adapter import Adapter, State, add, subtract
-from fedtune.combine import Combine
-from fedtune.config import Experiment
+from fedtune.combine import EVERY, Combine, Family
 from fedtune.cores import folded, merged
-from fedtune.errors import RecipeError
 from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
 
@@ -22,6 +20,8 @@ from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 class Cored(Strategy):
     """The core's blocks are shared; everything else of a client's plan is the same everywhere."""
 
+    combines: ClassVar[frozenset[Family]] = EVERY
+    admits_dora: ClassVar[bool] = False
     # A server optimizer steps the factors that are sent, and here none is.
     fixed_frame: ClassVar[bool] = False
 
@@ -30,15 +30,15 @@ class Cored(Strategy):
         """Zeros in the shapes of the blocks that clients send, for an adapter's modules."""
 
     @property
-    def begins(self) -> int:
-        """The last round before the core, 0 where it is there from the start."""
+    def rounds_before(self) -> int:
+        """Rounds before there is a core."""
         return 0
 
     def trains(self, name: str, round: int) -> bool:
         return False
 
     def broadcast(self, server: State, client: ClientInfo, round: int) -> State:
-        if client.last_round > self.begins:
+        if client.last_round > self.rounds_before:
             return {"core": server["core"]}
         return {"frame": server["frame"], "core": server["core"]}
 
@@ -65,11 +65,3 @@ class Cored(Strategy):
 
     def contribution(self, server: State, update: Update, round: int) -> Adapter | None:
         return folded(server["frame"], add(server["core"], update.state["delta"]))
-
-    def check(self, experiment: Experiment) -> None:
-        if experiment.adapter.dora:
-            raise RecipeError(
-                f"strategy = '{experiment.strategy}' puts a matrix between A and B, but "
-                "adapter.dora = true takes the norm of their product without it. Set "
-                "adapter.dora = false."
-            )

@@ -47,7 +47,7 @@ class FedSB(Cored):
             )
 
     @property
-    def begins(self) -> int:
+    def rounds_before(self) -> int:
         return self.warmup
 
     def blocks(self, initial: Adapter) -> Adapter:

@@ -10,7 +10,7 @@ and begin from the first of the adapter's, as in FlexLoRA.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fedtune.adapter import Adapter, State, at_rank
 from fedtune.combine import Combine
@@ -40,6 +40,7 @@ class FedMomentum(Strategy):
     admits_dora: ClassVar[bool] = False
     changes_base: ClassVar[bool] = True
     fixed_frame: ClassVar[bool] = False
+    sends: ClassVar[Literal["delta", "adapter"]] = "adapter"
     sums_only: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = True
     energy: float = 0.9999

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.adapter import State
-from fedtune.combine import Combine
+from fedtune.combine import EVERY, Combine, Family
 from fedtune.lowrank import Product, truncate, with_products
 from fedtune.strategies.strategy import Strategy, Update
 
@@ -19,6 +19,7 @@ from fedtune.strategies.strategy import Strategy, Update
 class FedSVD(Strategy):
     """Only B is trained and shared; the coordinator turns both factors."""
 
+    combines: ClassVar[frozenset[Family]] = EVERY
     admits_dora: ClassVar[bool] = False
     fixed_frame: ClassVar[bool] = False
 

@@ -8,6 +8,7 @@ https://arxiv.org/abs/2403.12313. With one random A shared by all and never trai
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedtune.combine import EVERY, Family
 from fedtune.strategies.strategy import Strategy
 
 
@@ -15,6 +16,7 @@ from fedtune.strategies.strategy import Strategy
 class FFALoRA(Strategy):
     """Only B is trained and shared. A is broadcast with it, so that a client needs no memory."""
 
+    combines: ClassVar[frozenset[Family]] = EVERY
     admits_dora: ClassVar[bool] = False
 
     def trains(self, name: str, round: int) -> bool:

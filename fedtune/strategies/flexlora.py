@@ -8,12 +8,10 @@ paper divides by a scaling of each rank; with one scaling for all ranks there is
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fedtune.adapter import Adapter, State, at_rank
 from fedtune.combine import Combine
-from fedtune.config import Experiment
-from fedtune.errors import RecipeError
 from fedtune.lowrank import Product, mean_products, truncate, with_products
 from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
@@ -26,6 +24,7 @@ class FlexLoRA(Strategy):
         balanced: split the singular values evenly between B and A instead of giving them to B.
     """
 
+    sends: ClassVar[Literal["delta", "adapter"]] = "adapter"
     admits_dora: ClassVar[bool] = False
     fixed_frame: ClassVar[bool] = False
     sums_only: ClassVar[bool] = False
@@ -57,11 +56,3 @@ class FlexLoRA(Strategy):
 
     def contribution(self, server: State, update: Update, round: int) -> Adapter:
         return update.state["adapter"]
-
-    def check(self, experiment: Experiment) -> None:
-        if experiment.combine != "mean":
-            raise RecipeError(
-                "strategy = 'flexlora' averages products of factors, so combine = "
-                f"'{experiment.combine}', which joins factors one by one, has no meaning. Set "
-                "combine = 'mean'."
-            )

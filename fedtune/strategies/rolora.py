@@ -9,6 +9,7 @@ gradient.
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedtune.combine import EVERY, Family
 from fedtune.strategies.strategy import Strategy
 
 
@@ -16,6 +17,7 @@ from fedtune.strategies.strategy import Strategy
 class RoLoRA(Strategy):
     """B in odd rounds, A in even ones; both are broadcast, for a client that missed a round."""
 
+    combines: ClassVar[frozenset[Family]] = EVERY
     admits_dora: ClassVar[bool] = False
 
     def trains(self, name: str, round: int) -> bool:

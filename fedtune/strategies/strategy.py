@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
+from torch import Tensor
+
+from fedtune import adapter, lowrank
 from fedtune.adapter import Adapter, State, add, pick, pick_groups, subtract
-from fedtune.combine import Combine
+from fedtune.combine import MEAN, Combine, Family
 from fedtune.config import Experiment
 
 
@@ -104,10 +107,13 @@ class Strategy:
     """FedIT's rule, and the interface of every other.
 
     Class attributes:
+        sends: "delta", the change of what was broadcast, or "adapter", whole factors.
+        combines: the families of combine rules that have a meaning for what is sent.
+        joins: whether anything that clients send is joined.
+        admits_dora: whether it may train DoRA's norms beside the factors.
         fixed_frame: whether coordinates mean the same every round (else no server moments).
         sums_only: whether `aggregate` needs only a weighted sum (secure aggregation).
         mixed_ranks: whether clients may have adapters of different ranks.
-        admits_dora: whether it may train DoRA's norms beside the factors.
         changes_base: whether it changes the frozen weights (else they may be quantized).
         begins: whether round 1 begins from random factors, or from the principal ones of the frozen
             weights, those of their best approximation of the adapter's rank.
@@ -115,10 +121,13 @@ class Strategy:
         pools: whether one client holds the rows of all: a reference, not federated learning.
     """
 
+    sends: ClassVar[Literal["delta", "adapter"]] = "delta"
+    combines: ClassVar[frozenset[Family]] = MEAN
+    joins: ClassVar[bool] = True
+    admits_dora: ClassVar[bool] = True
     fixed_frame: ClassVar[bool] = True
     sums_only: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = False
-    admits_dora: ClassVar[bool] = True
     changes_base: ClassVar[bool] = False
     begins: ClassVar[Literal["random", "principal"]] = "random"
     personal: ClassVar[bool] = False
@@ -155,7 +164,7 @@ class Strategy:
         Args:
             server: the state before; it is not changed.
             updates: at least one, sorted by client name.
-            combine: how the deltas are joined.
+            combine: how the deltas are joined, decided for this round (see `decide`).
             round: from 1.
         """
         deltas = [update.state["delta"] for update in updates]
@@ -164,6 +173,36 @@ class Strategy:
         joined = combine(deltas, [update.weight for update in updates])
         moved = add(pick(server["adapter"], frozenset(joined)), joined)
         return {**server, "adapter": {**server["adapter"], **moved}}
+
+    def decide(
+        self, server: State, updates: Sequence[Update], combine: Combine, round: int
+    ) -> Combine:
+        """The recipe's rule with its choice among the round's clients made.
+
+        It is made once, from all that they sent, so that adapter and head are joined alike.
+
+        Raises:
+            ValueError: these clients cannot be joined by the rule.
+        """
+
+        def gram() -> Tensor:
+            heads = [update.state["head"] for update in updates if "head" in update.state]
+            own = self.gram(server, updates, round)
+            return own + adapter.gram(heads) if heads else own
+
+        return combine.decided(gram, [update.client for update in updates])
+
+    def gram(self, server: State, updates: Sequence[Update], round: int) -> Tensor:
+        """Inner products of the clients' changes, (clients, clients) float64, without the head.
+
+        A module of which both factors were sent counts by the change of its product, in which it
+        does not show how a client writes its factors; everything else counts by its coordinates.
+        """
+        deltas = [update.state["delta"] for update in updates]
+        terms = [lowrank.changes(server["adapter"], delta) for delta in deltas]
+        paired = lowrank.factors(deltas[0])
+        rest = [pick(delta, frozenset(delta) - paired) for delta in deltas]
+        return lowrank.gram(terms) + adapter.gram(rest)
 
     def plan(self, turn: Turn) -> Plan:
         """What the client begins from and trains; its start is also the model it evaluates."""
