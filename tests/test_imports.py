@@ -17,12 +17,13 @@ LAYERS = [
     {"adapted", "attacks", "bases", "composition", "heads", "models", "wire", "parts"},
     {"products", "training", "trunk", "report", "statistics"},
     {"resident", "stacked", "exporting", "planning", "progress", "tables"}
-    | {"page", "page_style", "page_template", "pages", "verdict"},
+    | {"page", "page_style", "page_tables", "page_template", "pages", "verdict"},
     {"vectorized"},
     {"flower", "launch", "study", "study_progress"},
     {"cells", "evidence", "study_file"},
     {"scores", "tuning"},
-    {"comparison_page", "comparison_tables"},
+    {"comparison_figures", "comparison_marks", "comparison_page", "comparison_rows"}
+    | {"comparison_study", "comparison_tables", "comparison_template"},
     {"comparison_files"},
     {"comparing"},
     {"cli"},
