@@ -226,7 +226,7 @@ def _evaluated(turns: Sequence[tuple[Client, Address, Trial]]) -> Sequence[Sums]
     measured = vectorized.evaluate(model, task, trials, size)
     if not attack.metrics:
         return measured
-    aimed = [(state, client.triggered(address)) for client, address, (state, _) in turns]
+    aimed = [(plan, client.triggered(address)) for client, address, (plan, _) in turns]
     hit = vectorized.evaluate(model, task, aimed, size)
     return [{**own, **attack.measured(sums)} for own, sums in zip(measured, hit, strict=True)]
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from fedtune import comparison_page
 from fedtune import comparison_tables as tables
 from fedtune.comparison import Arm, Comparison, Condition, Score
 
@@ -29,14 +30,16 @@ Row = dict[str, Any]
 
 
 def write(comparison: Comparison, folder: Path) -> list[Path]:
-    """Write comparison.json, .csv, .parquet, .md and .tex; returns where they are."""
-    paths = [folder / f"comparison.{end}" for end in ("json", "csv", "parquet", "md", "tex")]
+    """Write comparison.json, .csv, .parquet, .md, .tex and .html; returns where they are."""
+    ends = ("json", "csv", "parquet", "md", "tex", "html")
+    paths = [folder / f"comparison.{end}" for end in ends]
     table = pa.Table.from_pylist(list(rows(comparison)), schema=SCHEMA)
     paths[0].write_text(comparison.to_json() + "\n", encoding="utf-8")
     pa_csv.write_csv(table, paths[1])
     pq.write_table(table, paths[2])
     paths[3].write_text(tables.markdown(comparison), encoding="utf-8")
     paths[4].write_text(tables.latex(comparison), encoding="utf-8")
+    comparison_page.write(comparison, paths[5])
     return paths
 
 

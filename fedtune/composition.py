@@ -57,15 +57,20 @@ def _strategy(e: Experiment, parts: Parts) -> Iterator[str]:
         )
     if e.model.quantization != "none" and strategy.changes_base:
         yield (
-            f"{named} changes the frozen weights, which model.quantization = "
-            f"'{e.model.quantization}' does not allow. Set it to 'none', or choose a strategy that "
+            f"model.quantization = '{e.model.quantization}' does not go with {named}, which "
+            "changes the frozen weights. Set model.quantization = 'none', or a strategy that "
             "leaves them, such as 'fedit'."
+        )
+    if e.adapter.init != "default" and strategy.begins == "principal":
+        yield (
+            f"{named} begins from the principal factors of the weights, so adapter.init = "
+            f"'{e.adapter.init}' has no meaning. Set adapter.init = 'default'."
         )
     if e.adapter.ranks and not strategy.mixed_ranks:
         able = ", ".join(sorted(name for name, kind in STRATEGIES.items() if kind.mixed_ranks))
         yield (
-            f"adapter.ranks = '{e.adapter.ranks}' gives clients adapters of different ranks, whose "
-            f"factors {named} cannot join. Set it to '', or take one of {able}."
+            f"adapter.ranks = '{e.adapter.ranks}' does not go with {named}, which cannot join "
+            f"adapters of different ranks. Set adapter.ranks = '', or strategy to one of {able}."
         )
     if not strategy.joins:
         for key, value, off in (
@@ -87,15 +92,22 @@ def _strategy(e: Experiment, parts: Parts) -> Iterator[str]:
             f"combine = '{e.combine}' does not go with {named}: {why}. Set combine = {admitted}, "
             "or a strategy that freezes a factor, such as 'ffa_lora'."
         )
-    framed = strategy.fixed_frame and strategy.sends == "delta" and not strategy.changes_base
-    if parts.server_optimizer.groups and not framed:
-        why = "sends whole factors" if strategy.sends == "adapter" else "turns its factors"
-        why = "changes the frozen weights" if strategy.changes_base else why
+    if parts.server_optimizer.groups and (why := _unsteppable(strategy)):
         yield (
-            f"server_optimizer = '{e.server_optimizer}' does not go with {named}, which {why} "
-            "every round, so that moments of their entries mean nothing. Set server_optimizer = "
-            "'none', or a strategy with a fixed frame, such as 'fedit'."
+            f"server_optimizer = '{e.server_optimizer}' does not go with {named}, which {why}. "
+            "Set server_optimizer = 'none', or a strategy with a fixed frame, such as 'fedit'."
         )
+
+
+def _unsteppable(strategy: Strategy) -> str:
+    """Why a server optimizer has nothing to step, "" where it has."""
+    if strategy.sends == "adapter":
+        return "joins whole factors, so that there is no delta to step with"
+    if not strategy.fixed_frame:
+        return "has factors whose entries mean something else every round, or sends none"
+    if strategy.changes_base:
+        return "puts into the frozen weights what its factors lack, which another step would undo"
+    return ""
 
 
 def _rules(strategy: Strategy) -> list[str]:
@@ -127,10 +139,15 @@ def _attack(e: Experiment, parts: Parts) -> Iterator[str]:
             f"{named} changes labels, but task = '{e.task}' has none. Set attack to one on "
             "replies, such as 'sign_flip', or task = 'classification'."
         )
-    if attack.needs_factors and not _sends_both(strategy):
+    if attack.needs_factors and (strategy.personal or not _sends_both(strategy)):
         yield (
-            f"{named} rewrites both factors, but strategy = '{e.strategy}' does not send both in "
-            "one round. Set another attack, or strategy = 'fedit'."
+            f"{named} rewrites both factors, but strategy = '{e.strategy}' does not send both, and "
+            "nothing else of them, in one round. Set another attack, or strategy = 'fedit'."
+        )
+    if attack.forges and e.adapter.ranks:
+        yield (
+            f"{named} takes the mean of replies, but adapter.ranks = '{e.adapter.ranks}' gives "
+            "them different shapes. Set attack = 'sign_flip', or adapter.ranks = ''."
         )
     if attack.forges and strategy.sends != "delta":
         yield (

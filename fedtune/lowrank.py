@@ -48,7 +48,7 @@ def with_products(adapter: Adapter, change: Callable[[str, Product], Product]) -
         new = change(module, product)
         for key, tensor in (("A", new.A), ("B", new.B)):
             name = f"{module}.lora_{key}.weight"
-            changed[name] = tensor.to(adapter[name].dtype)
+            changed[name] = tensor.to(adapter[name].dtype).contiguous()
     return changed
 
 
@@ -165,7 +165,7 @@ def named(modules: Mapping[str, Product], like: Adapter) -> Adapter:
     for module, product in modules.items():
         for key, tensor in (("A", product.A), ("B", product.B)):
             name = f"{module}.lora_{key}.weight"
-            adapter[name] = tensor.to(like[name].dtype)
+            adapter[name] = tensor.to(like[name].dtype).contiguous()
     return adapter
 
 

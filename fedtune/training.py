@@ -127,37 +127,13 @@ def train(model: Model, task: Task, plan: Plan, work: Work, settings: TrainSetti
         done = train(model, task, chosen(plan, trial), work, settings)
         return replace(done, computed=done.computed + trial.computed)
     model.module.train()
-    sums: list[Sums] = []
     with (
         torch.random.fork_rng(devices=_cuda(model)),
         opened(model, plan) as live,
         models.checkpointed(model, settings.gradient_checkpointing),
     ):
         torch.manual_seed(work.seed)
-        for name, parameter in live.items():
-            parameter.requires_grad_(name in plan.trainable)
-            parameter.grad = None
-        trained = {name: live[name] for name in sorted(plan.trainable)}
-        masks = {n: (plan.mask[n] != 0).to(p.device) for n, p in trained.items() if n in plan.mask}
-        anchors = {name: parameter.detach().clone() for name, parameter in trained.items()}
-        optimizer = torch.optim.AdamW(
-            list(trained.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
-        for batch, rate in zip(work.batches, work.rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate
-            if work.example_clip:
-                sums += _clipped_gradients(model, task, batch, trained, masks, work.example_clip)
-            else:
-                sums.append(_gradients(model, task, batch, _penalty(plan, live)))
-            _adjust(trained, anchors, plan, settings.proximal)
-            _masked(trained, masks)
-            if settings.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
-            with torch.no_grad():  # what is masked does not decay either
-                for name, mask in masks.items():
-                    trained[name].copy_(torch.where(mask, trained[name], anchors[name]))
+        sums = _steps(model, task, plan, work, settings, live)
         state = {
             group: {name: live[name].detach().to("cpu", copy=True) for name in tensors}
             for group, tensors in plan.start.items()
@@ -165,6 +141,43 @@ def train(model: Model, task: Task, plan: Plan, work: Work, settings: TrainSetti
     lengths = [[len(example["input_ids"]) for example in batch] for batch in work.batches]
     computed = sum(len(own) * max(own) for own in lengths)
     return Trained(state, merge(sums), sum(map(sum, lengths)), computed)
+
+
+def _steps(
+    model: Model,
+    task: Task,
+    plan: Plan,
+    work: Work,
+    settings: TrainSettings,
+    live: Mapping[str, Parameter],
+) -> list[Sums]:
+    """Move the live parameters; the metrics of every batch."""
+    for name, parameter in live.items():
+        parameter.requires_grad_(name in plan.trainable)
+        parameter.grad = None
+    trained = {name: live[name] for name in sorted(plan.trainable)}
+    masks = {n: (plan.mask[n] != 0).to(p.device) for n, p in trained.items() if n in plan.mask}
+    anchors = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    optimizer = torch.optim.AdamW(
+        list(trained.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    sums: list[Sums] = []
+    for batch, rate in zip(work.batches, work.rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        if work.example_clip:
+            sums += _clipped_gradients(model, task, batch, trained, masks, work.example_clip)
+        else:
+            sums.append(_gradients(model, task, batch, _penalty(plan, live)))
+        _adjust(trained, anchors, plan, settings.proximal)
+        _masked(trained, masks)
+        if settings.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():  # what is masked does not decay either
+            for name, mask in masks.items():
+                trained[name].copy_(torch.where(mask, trained[name], anchors[name]))
+    return sums
 
 
 def chosen(plan: Plan, trial: Trained) -> Plan:

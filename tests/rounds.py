@@ -1,7 +1,7 @@
 """Rounds without a network over drawn cohorts: what the tests of identities have in common."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -10,6 +10,7 @@ from torch import Tensor
 from fedtune.adapter import Adapter, State, at_rank
 from fedtune.combine import Mean
 from fedtune.components import build
+from fedtune.cores import folded
 from fedtune.lowrank import products
 from fedtune.seeds import generator
 from fedtune.strategies import STRATEGIES
@@ -77,7 +78,8 @@ def strategy_of(text: str) -> Strategy:
 
     To prune is to change what was trained, which the promises of all strategies are about.
     """
-    return build("hetlora(keep=1.0)" if text == "hetlora" else text, STRATEGIES, "strategy")
+    text = f"{text}(keep=1.0)" if text in ("hetlora", "hetlora_sum") else text
+    return build(text, STRATEGIES, "strategy")
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ class Round:
         plans: of the clients.
         trained: their adapters after training.
         updates: what they sent.
+        kept: what they have kept to themselves.
         after: the coordinator's state.
     """
 
@@ -98,6 +101,7 @@ class Round:
     plans: list[Plan]
     trained: list[Adapter]
     updates: list[Update]
+    kept: list[State]
     after: State
 
 
@@ -110,15 +114,15 @@ def rounds(
     for number in range(1, count + 1):
         plans, trained, updates = [], [], []
         for client, weight in enumerate(cohort.weights):
-            turn = turn_of(strategy, server, cohort, client, number, kept[client])
+            turn = turn_of(strategy, server, cohort, client, number, number - 1, kept[client])
             plan = strategy.plan(turn)
-            end = moved(plan, cohort.adapter(number, client), size)
-            sent, kept[client] = strategy.reply(turn, plan, {"adapter": end})
+            end = moved(plan, cohort, size, number, client)
+            sent, kept[client] = strategy.reply(turn, plan, end)
             plans.append(plan)
-            trained.append(end)
+            trained.append(whole(end))
             updates.append(Update(f"c{client}", weight, sent))
         after = strategy.aggregate(server, updates, Mean(), number)
-        yield Round(number, server, plans, trained, updates, after)
+        yield Round(number, server, plans, trained, updates, list(kept), after)
         server = after
 
 
@@ -128,23 +132,38 @@ def turn_of(
     cohort: Cohort,
     client: int,
     round: int,
+    last_round: int,
     personal: State,
 ) -> Turn:
     """What a client has when its round begins, its rank as the coordinator would tell it."""
-    dealt = cohort.info(client, round - 1)
-    info = ClientInfo(dealt.name, 9, round - 1, strategy.client_rank(server, dealt))
+    dealt = cohort.info(client, last_round)
+    info = replace(dealt, rank=strategy.client_rank(server, dealt))
     return Turn(round, strategy.broadcast(server, info, round), personal, rank=info.rank)
 
 
-def moved(plan: Plan, steps: Adapter, size: float) -> Adapter:
-    """The plan's adapter with random steps on its trainable tensors."""
-    start = plan.start["adapter"]
-    rank = next(len(tensor) for name, tensor in start.items() if "lora_A" in name)
-    steps = at_rank(steps, rank)
+def moved(plan: Plan, cohort: Cohort, size: float, *seed: int | str) -> State:
+    """What a plan begins from, with random steps on its trainable tensors."""
+    start, steps = plan.start["adapter"], cohort.adapter(*seed)
+    if set(steps) == set(start):
+        rank = next(len(tensor) for name, tensor in start.items() if "lora_A" in name)
+        steps = at_rank(steps, rank)
+
+    def step(name: str, tensor: Tensor) -> Tensor:
+        draws = generator(cohort.seed, *seed, name)
+        own = steps.get(name)
+        if own is None or own.shape != tensor.shape:
+            own = torch.randn(tensor.shape, generator=draws, dtype=tensor.dtype)
+        return size * own * plan.mask.get(name, torch.ones_like(tensor))
+
     return {
-        name: tensor + size * steps[name] if name in plan.trainable else tensor
-        for name, tensor in start.items()
+        group: {n: t + step(n, t) if n in plan.trainable else t for n, t in tensors.items()}
+        for group, tensors in plan.start.items()
     }
+
+
+def whole(state: State) -> Adapter:
+    """The adapter of what was trained; a core between its factors is multiplied into one."""
+    return folded(state["adapter"], state["core"]) if "core" in state else state["adapter"]
 
 
 def dense(adapter: Adapter) -> Dense:

@@ -1,7 +1,7 @@
 """The figures of a round against dense matrices, and what is known of them for each strategy."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from fedtune.combine import Mean
 from fedtune.lowrank import mean_product, products
 from fedtune.records import RoundRecord
 from fedtune.strategies import STRATEGIES
-from fedtune.strategies.strategy import ClientInfo, Strategy, Turn, Update
+from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
 # Narrow and wide, so that both forms of the mathematics are met: factors and whole matrices.
 SHAPES = {"q": (40, 31), "v": (5, 60), "k": (3, 4)}
@@ -71,14 +71,14 @@ def oracle(
     a, b = flat(ideal), flat(real)
     u = [flat(one) - flat(start) for one in x]
     change = (a - flat(start)).norm()
-    drift = sum(p[i] * float((flat(x[i]) - a).norm()) for i in range(len(x)))
+    square = sum(p[i] * float((flat(x[i]) - a).norm()) ** 2 for i in range(len(x)))
     found = {
         "error": float((a - b).norm()),
         "ideal": float(a.norm()),
         "relative_error": float((a - b).norm() / a.norm()),
         "cosine": float(a @ b / a.norm() / b.norm()),
         "change": float(change),
-        "drift": drift / float(change),
+        "drift": math.sqrt(square) / float(change),
     }
     found["effective_rank"], found["stable_rank"] = ranks(ideal)
     total = {m: base[1][m] + end[m] for m in SHAPES}
@@ -131,6 +131,20 @@ def test_every_figure_is_that_of_dense_matrices(
         assert found[name] == pytest.approx(expected[name], rel=1e-9, abs=1e-11), name
 
 
+def trained_by(plan: Plan, seed: int, by: float) -> State:
+    """The plan's start, its trainable tensors moved by what the seed draws."""
+    draws = torch.Generator().manual_seed(seed)
+    return {
+        group: {
+            name: tensor + by * torch.randn(tensor.shape, generator=draws, dtype=torch.float64)
+            if name in plan.trainable
+            else tensor
+            for name, tensor in adapter.items()
+        }
+        for group, adapter in plan.start.items()
+    }
+
+
 def played(
     strategy: Strategy,
     seeds: Sequence[int],
@@ -148,12 +162,7 @@ def played(
             info = ClientInfo(f"c{i}", 9, round - 1)
             turn = Turn(round, strategy.broadcast(server, info, round), personal[i])
             plan = strategy.plan(turn)
-            target = moved(plan.start["adapter"], seed + round, by)
-            trained = {
-                name: target[name] if name in plan.trainable else tensor
-                for name, tensor in plan.start["adapter"].items()
-            }
-            sent, personal[i] = strategy.reply(turn, plan, {"adapter": trained})
+            sent, personal[i] = strategy.reply(turn, plan, trained_by(plan, seed + round, by))
             updates.append(Update(f"c{i}", weight, sent))
         after = strategy.aggregate(server, updates, Mean(), round)
         figures.append(aggregation.of_round(strategy, server, updates, after, round))
@@ -161,7 +170,10 @@ def played(
     return figures
 
 
-@pytest.mark.parametrize("name", ["ffa_lora", "rolora", "flora", "fedsvd"])
+EXACT = ("fed_sb", "fedex_lora", "fedsvd", "ffa_lora", "flora", "oracle", "ravan", "rolora")
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_an_exact_strategy_has_no_error(name: str) -> None:
     for figures in played(STRATEGIES[name](), [1, 2, 3], [1.0, 2.0, 5.0], rounds=4):
         assert figures["relative_error"] < 1e-10
@@ -173,16 +185,29 @@ def test_fedit_errs_by_its_residual(weights: list[float]) -> None:
     """|sum_i p_i (B_i - B-bar)(A_i - A-bar)|_F over all modules (identity fedit.3)."""
     seeds = range(1, len(weights) + 1)
     (figures,) = played(STRATEGIES["fedit"](), list(seeds), weights)
-    clients = [moved(adapter_of(0, 2), seed + 1, 0.3) for seed in seeds]
     p = torch.tensor(weights, dtype=torch.float64) / sum(weights)
     square = 0.0
-    for module in SHAPES:
-        a = torch.stack([client[f"{module}.lora_A.weight"] for client in clients])
-        b = torch.stack([client[f"{module}.lora_B.weight"] for client in clients])
+    for a, b in factors(fedit_clients(seeds, 0.3)):
         a, b = a - torch.einsum("k,kri->ri", p, a), b - torch.einsum("k,kor->or", p, b)
         square += float(torch.einsum("k,kor,kri->oi", p, b, a).square().sum())
     assert figures["error"] == pytest.approx(math.sqrt(square), rel=1e-9)
     assert figures["error"] > 1e-2
+
+
+def fedit_clients(seeds: Iterable[int], by: float) -> list[Adapter]:
+    """What `played` has FedIT's clients end their first round with."""
+    start = adapter_of(0, 2)
+    plan = STRATEGIES["fedit"]().plan(Turn(1, {"adapter": start}, {}))
+    return [trained_by(plan, seed + 1, by)["adapter"] for seed in seeds]
+
+
+def factors(clients: Sequence[Adapter]) -> list[tuple[Tensor, Tensor]]:
+    """A (clients, rank, d_in) and B (clients, d_out, rank) of every module."""
+    stacks = {
+        key: [torch.stack([c[f"{module}.lora_{key}.weight"] for c in clients]) for module in SHAPES]
+        for key in "AB"
+    }
+    return list(zip(stacks["A"], stacks["B"], strict=True))
 
 
 def test_flexlora_errs_least_of_its_rank() -> None:
@@ -209,10 +234,8 @@ def test_one_client_and_equal_clients_neither_err_nor_differ(name: str) -> None:
 def test_a_small_error_beside_a_large_model_keeps_its_digits() -> None:
     """The clients' changes are 1e-6 of the model, so FedIT errs by about 1e-12 of it."""
     (figures,) = played(STRATEGIES["fedit"](), [1, 2], [1.0, 1.0], by=1e-6)
-    clients = [moved(adapter_of(0, 2), seed + 1, 1e-6) for seed in (1, 2)]
     square = 0.0
-    for module in SHAPES:
-        a, b = ([client[f"{module}.lora_{key}.weight"] for client in clients] for key in ("A", "B"))
+    for a, b in factors(fedit_clients((1, 2), 1e-6)):
         square += float(((b[0] - b[1]) @ (a[0] - a[1]) / 4).square().sum())
     assert 1e-13 < figures["relative_error"] < 1e-11
     assert figures["error"] == pytest.approx(math.sqrt(square), rel=1e-2)
@@ -256,6 +279,26 @@ def test_a_base_that_only_grows_counts_by_what_was_added() -> None:
     for name in NAMES:
         assert late[name] == pytest.approx(early[name], abs=1e-10)
     assert late["accumulated_effective_rank"] > early["accumulated_effective_rank"]
+
+
+def test_of_many_large_modules_some_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three modules; the cost of all is the product of the matrices' sides and their smaller one.
+
+    A budget of half the second module's leaves it out and changes nothing else.
+    """
+    start = adapter_of(0, 4)
+    clients = [moved(start, seed, 0.3) for seed in (1, 2)]
+    arguments = (clients, [1.0, 2.0], {"adapter": start}, {"adapter": start})
+    whole = aggregation.measure(*arguments)
+    # In 12 ranks, of B0, B_i - B0 and the result's 4: q 16 x 16, v 5 x 16, k 3 x 4.
+    monkeypatch.setattr(aggregation, "SVD_BUDGET", 3 * 5 * 5 * 16 / 2)
+    some = aggregation.measure(*arguments)
+    mean = dense(mean_product(clients, [1.0, 2.0]))
+    left = {module: mean[module] for module in ("q", "k")}
+    assert some["effective_rank"] == pytest.approx(ranks(left)[0])
+    assert some["stable_rank"] == pytest.approx(ranks(left)[1])
+    for name in whole.keys() - {"effective_rank", "stable_rank"}:
+        assert some[name] == whole[name]
 
 
 def test_records_of_rounds_written_before_there_were_figures_are_read() -> None:

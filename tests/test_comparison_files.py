@@ -21,7 +21,7 @@ def made() -> Comparison:
 def test_every_file_is_written_and_the_two_tables_agree(made: Comparison, tmp_path: Path) -> None:
     paths = comparison_files.write(made, tmp_path)
     assert [p.name for p in paths] == [
-        f"comparison.{end}" for end in ("json", "csv", "parquet", "md", "tex")
+        f"comparison.{end}" for end in ("json", "csv", "parquet", "md", "tex", "html")
     ]
     assert Comparison.from_json(paths[0].read_text(encoding="utf-8")) == made
     rows = pq.read_table(paths[2]).to_pylist()

@@ -28,6 +28,8 @@ VALUES = {
     "attack": {name: name for name in ATTACKS}
     | {"backdoor": "backdoor(trigger='my card', target='late')"},
     "adapter.dora": {"off": False, "on": True},
+    "model.quantization": {"none": "none", "nf4": "nf4"},
+    "adapter.ranks": {"one": "", "mixed": "2,4,8"},
 }
 DISTANCES = {
     "krum", "multi_krum", "geometric_median", "norm_bounded", "centered_clipping", "dnc", "fltrust"
@@ -37,19 +39,45 @@ MOMENTS = {"momentum", "adagrad", "adam", "yogi"}
 FORGED = {"alie", "inner_product"}
 GAUGE = {"gauge"}
 EVERYBODY = {"sign_flip", "scaled_update", "label_flip", "backdoor", "alie", "inner_product"}
+NO_DORA = {"adapter.dora": {"on"}}
+ONE_RANK = {"adapter.ranks": {"mixed"}}
+FROZEN_BASE = {"model.quantization": {"nf4"}}
+CORRECTED = {"combine": DISTANCES | COORDINATES, **NO_DORA}
+PRODUCTS = {
+    "combine": DISTANCES | COORDINATES,
+    "server_optimizer": MOMENTS,
+    "attack": FORGED,
+    **NO_DORA,
+}
 # Strategy -> what it refuses of each key; everything else goes with it.
 REFUSED: dict[str, dict[str, set[str]]] = {
-    "fedit": {"combine": COORDINATES},
-    "ffa_lora": {"attack": GAUGE, "adapter.dora": {"on"}},
-    "rolora": {"attack": GAUGE, "adapter.dora": {"on"}},
-    "fedsa_lora": {"attack": GAUGE},
-    "fedsvd": {"server_optimizer": MOMENTS, "attack": GAUGE, "adapter.dora": {"on"}},
-    "scaffold": {"combine": DISTANCES | COORDINATES},
-    "flexlora": {
+    "fedit": {"combine": COORDINATES, **ONE_RANK},
+    "ffa_lora": {"attack": GAUGE, **NO_DORA, **ONE_RANK},
+    "rolora": {"attack": GAUGE, **NO_DORA, **ONE_RANK},
+    "fedsa_lora": {"attack": GAUGE, **ONE_RANK},
+    "fedsvd": {"server_optimizer": MOMENTS, "attack": GAUGE, **NO_DORA, **ONE_RANK},
+    "scaffold": {"combine": DISTANCES | COORDINATES, **ONE_RANK},
+    "fedrot": {"combine": COORDINATES, **ONE_RANK},
+    "fed_sb": {"server_optimizer": MOMENTS, "attack": GAUGE, **NO_DORA, **ONE_RANK},
+    "ravan": {"server_optimizer": MOMENTS, "attack": GAUGE, **NO_DORA, **ONE_RANK},
+    "flora": {**PRODUCTS, **FROZEN_BASE},
+    "flexlora": PRODUCTS,
+    "hetlora": PRODUCTS,
+    "hetlora_sum": PRODUCTS,
+    "fedmomentum": {**PRODUCTS, **FROZEN_BASE},
+    "fedex_lora": {**CORRECTED, "server_optimizer": MOMENTS, **ONE_RANK, **FROZEN_BASE},
+    "frlora": {**CORRECTED, "server_optimizer": MOMENTS, **ONE_RANK, **FROZEN_BASE},
+    "oracle": {**CORRECTED, "server_optimizer": MOMENTS, **FROZEN_BASE},
+    "lora_fair": {**CORRECTED, **ONE_RANK},
+    "lora_a2": {"combine": COORDINATES, "attack": GAUGE, **NO_DORA, **ONE_RANK},
+    "feddpa": {"combine": COORDINATES, "attack": GAUGE, **NO_DORA, **ONE_RANK},
+    "pf2lora": {"combine": COORDINATES, "attack": GAUGE, **NO_DORA, **ONE_RANK},
+    "fedalt": {
         "combine": DISTANCES | COORDINATES,
         "server_optimizer": MOMENTS,
-        "attack": FORGED,
-        "adapter.dora": {"on"},
+        "attack": FORGED | GAUGE,
+        **NO_DORA,
+        **ONE_RANK,
     },
     "local_only": {
         "combine": DISTANCES | COORDINATES,
@@ -74,8 +102,8 @@ def test_every_pair_is_in_the_table() -> None:
     assert REFUSED.keys() == STRATEGIES.keys()
     assert VALUES["combine"].keys() == COMBINES.keys()
     assert VALUES["attack"].keys() == ATTACKS.keys()
-    assert len(PAIRS) == len(STRATEGIES) * (11 + 5 + 8 + 2)
-    assert sum(len(names) for keys in REFUSED.values() for names in keys.values()) == 83
+    assert len(PAIRS) == len(STRATEGIES) * (11 + 5 + 8 + 2 + 2 + 2)
+    assert sum(len(names) for keys in REFUSED.values() for names in keys.values()) == 276
 
 
 @pytest.mark.parametrize(("strategy", "key", "name"), PAIRS)
@@ -107,6 +135,11 @@ def test_a_pair_is_accepted_or_refused(strategy: str, key: str, name: str) -> No
             {"combine": "fltrust(root='north')", "cohort": "fixed(size=9)"},
             "combine = 'fltrust(root='north')'",
             "cohort = 'fixed(size=9)'",
+        ),
+        (
+            {"attack": "alie", "strategy": "oracle", "adapter__ranks": "2,4"},
+            "attack = 'alie'",
+            "adapter.ranks = '2,4'",
         ),
         ({"attack": "label_flip", "task": "causal_lm"}, "attack = 'label_flip'", "task = 'causal"),
         ({"evaluation__samples": 2}, "evaluation.samples = 2", "task = 'classification'"),

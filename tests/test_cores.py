@@ -144,7 +144,7 @@ def test_the_mean_of_the_products_is_exact(
 @both
 def test_the_frame_never_moves_and_is_sent_once(strategy: Strategy) -> None:
     """A client that has it gets the core alone; one that comes late, or comes back, gets both."""
-    begins = strategy.begins if isinstance(strategy, FedSB) else 0
+    begins = strategy.rounds_before if isinstance(strategy, FedSB) else 0
     server = strategy.start(adapter_of(1, [(6, 4), (5, 8)], 2))
     kept: State = {}
     first = ""

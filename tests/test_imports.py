@@ -16,12 +16,14 @@ LAYERS = [
     {"aggregation", "prefix", "shards", "tokens"},
     {"adapted", "attacks", "bases", "composition", "heads", "models", "wire", "parts"},
     {"products", "training", "trunk", "report", "statistics"},
-    {"resident", "stacked", "exporting", "page", "page_template", "planning", "progress", "tables"},
+    {"resident", "stacked", "exporting", "planning", "progress", "tables"}
+    | {"page", "page_style", "page_tables", "page_template", "pages", "verdict"},
     {"vectorized"},
     {"flower", "launch", "study", "study_progress"},
     {"cells", "evidence", "study_file"},
     {"scores", "tuning"},
-    {"comparison_page", "comparison_tables"},
+    {"comparison_figures", "comparison_marks", "comparison_page", "comparison_rows"}
+    | {"comparison_study", "comparison_tables", "comparison_template"},
     {"comparison_files"},
     {"comparing"},
     {"cli"},
@@ -75,7 +77,7 @@ def test_clients_and_server_meet_in_messages_only() -> None:
 
 
 def test_strategies_know_adapters_and_the_experiment_only() -> None:
-    allowed = {"adapter", "config", "errors", "combine", "lowrank", "strategies"}
+    allowed = {"adapter", "config", "errors", "combine", "lowrank", "seeds", "strategies"}
     for path in (ROOT / "fedtune" / "strategies").glob("*.py"):
         own = {name.split(".")[1] for name in imports(path) if name.startswith("fedtune.")}
         assert own <= allowed, path

@@ -10,11 +10,13 @@ client has.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fedtune.adapter import State
+from fedtune.combine import DISTANCES, Family
 from fedtune.errors import RecipeError
 from fedtune.lowrank import Product, products, with_products
 from fedtune.strategies.strategy import Plan, Strategy, Turn
@@ -28,6 +30,7 @@ class FedRot(Strategy):
         strength: lambda; 0 is FedIT, 1 the whole rotation.
     """
 
+    combines: ClassVar[frozenset[Family]] = DISTANCES
     strength: float = 0.5
 
     def __post_init__(self) -> None:

@@ -14,7 +14,7 @@ again.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -48,12 +48,7 @@ class HetLoRA(Strategy):
 
     def __post_init__(self) -> None:
         """Refuse what is no share and what would reward a tail."""
-        if not 0 < self.keep <= 1:
-            raise RecipeError(f"strategy hetlora: keep = {self.keep} must be in (0, 1].")
-        if not 0 <= self.penalty < math.inf:
-            raise RecipeError(
-                f"strategy hetlora: penalty = {self.penalty} must be at least 0 and finite."
-            )
+        require(self.keep, self.penalty)
 
     def client_rank(self, server: State, client: ClientInfo) -> int:
         own = server.get("ranks", {}).get(client.name)
@@ -81,24 +76,45 @@ class HetLoRA(Strategy):
         return {**after, "adapter": _over(server["adapter"], mean)}
 
     def plan(self, turn: Turn) -> Plan:
-        plan = super().plan(turn)
-        rank = rank_of(plan.start["adapter"])
-        tail = max(1, math.floor(self.keep * rank))
-        penalty = self.penalty if tail < rank else 0.0
-        return Plan(plan.start, plan.trainable, penalty=penalty, tail=tail)
+        return with_tail(super().plan(turn), self.keep, self.penalty)
 
     def reply(self, turn: Turn, plan: Plan, trained: State) -> tuple[State, State]:
-        rank, after = rank_of(plan.start["adapter"]), trained["adapter"]
-        if tail_norm(after, plan.tail) < tail_norm(plan.start["adapter"], plan.tail):
-            # Of the old size once more: the coordinator learns of the new one with this reply.
-            after, rank = at_rank(at_rank(after, plan.tail), rank), plan.tail
-        return {"adapter": after, "rank": {"rank": torch.tensor([float(rank)])}}, {}
+        rank = rank_of(plan.start["adapter"])
+        after = pruned(plan, trained["adapter"])
+        # Of the old size once more: the coordinator learns of the new one with this reply.
+        told = {"rank": torch.tensor([float(rank_of(after))])}
+        return {"adapter": at_rank(after, rank), "rank": told}, {}
 
     def payload(self, initial: Adapter, client: ClientInfo, round: int) -> State:
         return {"adapter": at_rank(initial, client.rank), "rank": {"rank": torch.zeros(1)}}
 
     def contribution(self, server: State, update: Update, round: int) -> Adapter:
         return update.state["adapter"]
+
+
+def require(keep: float, penalty: float) -> None:
+    """Refuse parameters outside their range.
+
+    Raises:
+        RecipeError: with the parameter and its range.
+    """
+    if not 0 < keep <= 1:
+        raise RecipeError(f"strategy hetlora: keep = {keep} must be in (0, 1].")
+    if not 0 <= penalty < math.inf:
+        raise RecipeError(f"strategy hetlora: penalty = {penalty} must be at least 0 and finite.")
+
+
+def with_tail(plan: Plan, keep: float, penalty: float) -> Plan:
+    """The plan with a penalty on the ranks that pruning would take; one rank always stays."""
+    rank = rank_of(plan.start["adapter"])
+    tail = max(1, math.floor(keep * rank))
+    return replace(plan, penalty=penalty if tail < rank else 0.0, tail=tail)
+
+
+def pruned(plan: Plan, trained: Adapter) -> Adapter:
+    """What a client trained, without the plan's tail where that shrank."""
+    shrank = tail_norm(trained, plan.tail) < tail_norm(plan.start["adapter"], plan.tail)
+    return at_rank(trained, plan.tail) if shrank else trained
 
 
 def tail_norm(adapter: Adapter, tail: int) -> float:
