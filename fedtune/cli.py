@@ -118,8 +118,9 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Run a study's grid of strategies and seeds, then compare; the same command again goes on."""
-    from fedtune import comparing, comparison_files, study_file
-    from fedtune.study_progress import StudyProgress
+    from fedtune.studies import comparing, study_file
+    from fedtune.studies import files as comparison_files
+    from fedtune.studies.progress import StudyProgress
 
     given = [*(overrides or ()), *([f"output={output}"] if output else [])]
     asked = study_file.load(study, given, strategies, seeds, baseline)
@@ -141,8 +142,9 @@ def compare(
 
 
 def _show_comparison(done: Any, paths: list[Path]) -> None:
-    from fedtune import comparison_tables, tables
+    from fedtune import tables
     from fedtune.report import human_time
+    from fedtune.studies import tables as comparison_tables
 
     for title, table in comparison_tables.terminal(done):
         out.print(tables.titled(title, table))

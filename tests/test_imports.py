@@ -9,23 +9,18 @@ SOURCES = sorted(p for top in ("fedtune", "clients", "server") for p in (ROOT / 
 LAYERS = [
     {"allocator", "errors"},
     {"adapter", "cache", "components", "packing", "records", "seeds"},
-    {"comparison", "config", "identity", "lowrank", "processes"},
+    {"config", "lowrank", "processes"},
     {"combine", "cores", "corpus", "docstrings", "files"},
     {"dealing"},
     {"cohorts", "data", "optimizers", "partitions", "strategies", "tasks"},
     {"aggregation", "prefix", "shards", "tokens"},
     {"adapted", "attacks", "bases", "composition", "heads", "models", "wire", "parts"},
-    {"products", "training", "trunk", "report", "statistics"},
+    {"products", "training", "trunk", "report"},
     {"resident", "stacked", "exporting", "planning", "progress", "tables"}
-    | {"page", "page_style", "page_tables", "page_template", "pages", "verdict"},
+    | {"page", "page_style", "page_template", "pages"},
     {"vectorized"},
-    {"flower", "launch", "study", "study_progress"},
-    {"cells", "evidence", "study_file"},
-    {"scores", "tuning"},
-    {"comparison_figures", "comparison_marks", "comparison_page", "comparison_rows"}
-    | {"comparison_study", "comparison_tables", "comparison_template"},
-    {"comparison_files"},
-    {"comparing"},
+    {"flower", "launch"},
+    {"studies"},
     {"cli"},
 ]
 

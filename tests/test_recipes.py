@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from fedtune import bases, parts, study_file
+from fedtune import bases, parts
 from fedtune.config import Experiment
+from fedtune.studies import study_file
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "experiments").rglob("*.toml"))

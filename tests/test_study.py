@@ -8,11 +8,12 @@ from test_cli import write_recipe
 from test_imports import SOURCES, imports
 
 from clients.client import simulated
-from fedtune import identity, models, parts, study_file
+from fedtune import models, parts
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
 from fedtune.strategies.strategy import ClientInfo
-from fedtune.study import Study
+from fedtune.studies import identity, study_file
+from fedtune.studies.study import Study
 from fedtune.wire import Address
 
 ROOT = Path(__file__).parent.parent
