@@ -118,7 +118,7 @@ def test_its_text_is_itself(written, tmp_path: Path) -> None:  # type: ignore[no
         ("[vary]\nseed = [1, 1]", "vary.seed lists 1 twice"),
         ('[vary]\noutput = ["a", "b"]', "output does not change a result"),
         ("[vary]\nrounds = [1, 2.5]", "rounds must be of type int"),
-        ('[vary]\nstrategy = ["fedlt"]', "strategy 'fedlt' is unknown. Did you mean 'fedit'"),
+        ('[vary]\nstrategy = ["fediit"]', "strategy 'fediit' is unknown. Did you mean 'fedit'"),
         ('[study]\nbaselin = "fedit"', "Unknown key 'study.baselin'. Did you mean 'baseline'"),
         ('[study]\nbaseline = "fedlt"', "is no arm of the study. Did you mean 'fedit'"),
         ('[study]\nreferences = ["oracel"]', "study.references: strategy 'oracel' is unknown"),
