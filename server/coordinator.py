@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from fedtune import adapter, aggregation, models, parts, wire
+from fedtune import adapted, adapter, aggregation, models, parts, wire
 from fedtune.adapter import Adapter, State
 from fedtune.attacks import colluded
 from fedtune.config import Experiment
@@ -84,6 +84,8 @@ class Coordinator:
         self._say("roster", f"{len(self.roster.members)} clients", rounds=e.rounds)
         self.metrics = self.parts.task.metrics(self.roster.labels)
         with RESIDENT:
+            if self.parts.strategy.changes_base:
+                adapted.require_untied(self._model().module, e.strategy)
             principal = self.parts.strategy.begins == "principal"
             self.initial = models.initial(self._model(), e.seed, principal=principal)
         start = checkpoint.latest(self.folder / "checkpoint", e) or self._begin()

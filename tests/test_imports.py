@@ -10,7 +10,7 @@ LAYERS = [
     {"allocator", "errors"},
     {"adapter", "cache", "components", "packing", "records", "seeds"},
     {"comparison", "config", "identity", "lowrank", "processes"},
-    {"combine", "corpus", "docstrings", "files"},
+    {"combine", "cores", "corpus", "docstrings", "files"},
     {"dealing"},
     {"cohorts", "data", "optimizers", "partitions", "strategies", "tasks"},
     {"aggregation", "prefix", "shards", "tokens"},
@@ -77,7 +77,7 @@ def test_clients_and_server_meet_in_messages_only() -> None:
 
 
 def test_strategies_know_adapters_and_the_experiment_only() -> None:
-    allowed = {"adapter", "config", "errors", "combine", "lowrank", "seeds", "strategies"}
+    allowed = {"adapter", "config", "cores", "errors", "combine", "lowrank", "seeds", "strategies"}
     for path in (ROOT / "fedtune" / "strategies").glob("*.py"):
         own = {name.split(".")[1] for name in imports(path) if name.startswith("fedtune.")}
         assert own <= allowed, path
