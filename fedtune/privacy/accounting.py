@@ -106,9 +106,14 @@ def cost(events: Sequence[Event], delta: float, interval: float = INTERVAL) -> C
 
 @functools.lru_cache(maxsize=4096)
 def epsilon(event: Event, delta: float, interval: float = INTERVAL) -> float:
-    """`Cost.epsilon` of one event, for searches: at most one accountant, and no cap on its work."""
+    """`Cost.epsilon` of one event, for searches: seldom more than one accountant is asked."""
     kinds = merged([event])
-    return _rdp(kinds, delta) if event.sampling == "fixed" else _pld(kinds, delta, interval, 0.0)
+    rho = event.count / (2 * event.noise**2)
+    rough = rho + 2 * math.sqrt(rho * math.log(1 / delta))  # without amplification
+    if rough > HOPELESS or event.sampling == "fixed":
+        rough = _rdp(kinds, delta)
+    tight = _pld(kinds, delta, interval, rough / 10)
+    return tight if math.isfinite(tight) else rough
 
 
 @functools.lru_cache(maxsize=4096)
