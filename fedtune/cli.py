@@ -88,7 +88,7 @@ def _show(done: Any, folder: Path, as_json: bool) -> None:
     if as_json:
         _print_json({"folder": str(folder), **result.to_json()})
         return
-    for table in tables.of_result(result):
+    for table in [*tables.of_result(result), *tables.of_aggregation(done.records)]:
         out.print(table)
     out.print(f"\n{result.verdict}")
     out.print(f"Adapter: {folder / 'adapter'}   Report: {folder / 'report.html'}", soft_wrap=True)

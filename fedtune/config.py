@@ -138,6 +138,8 @@ class Experiment:
     task: str = "classification"
     strategy: str = "fedit"
     combine: str = "mean"
+    server_optimizer: str = "none"
+    attack: str = "none"  # what malicious clients of a simulation do
     weighting: str = "examples"  # of clients: examples or uniform
     cohort: str = "all"
     references: str = "none"  # other strategies run beside it: "local_only,centralized"

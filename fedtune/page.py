@@ -53,6 +53,7 @@ def write(run: Run, path: Path) -> None:
         versions=_versions(),
         rounds=run.records[-1].round,
         partial=_partial(run),
+        aggregation=[(r.round, r.aggregation) for r in run.records if r.aggregation],
     )
     path.write_text(page, encoding="utf-8")
 
@@ -100,6 +101,12 @@ def _figures(run: Run, result: Result) -> list[dict[str, Any]]:
             "Traffic by round",
             "Arrays as serialised: broadcast to the cohort and sent back. Evaluation apart.",
             _traffic(run),
+        ),
+        (
+            "Aggregation error by round",
+            "Distance of the new model from the mean of the clients' products, over that mean's "
+            "norm; and how far apart clients are, over the length of their mean change.",
+            _aggregation(run),
         ),
         ("Time by round", "Wall-clock seconds, evaluation included.", _seconds(run)),
         (
@@ -256,6 +263,20 @@ def _traffic(run: Run) -> go.Figure:
         values = [count / 1e6 for count in counts]
         figure.add_bar(x=rounds, y=values, name=name, marker={"color": colour})
     return figure
+
+
+def _aggregation(run: Run) -> go.Figure | None:
+    measured = [record for record in run.records if record.aggregation]
+    figure = _figure("round", "", rounds=len(run.records))
+    for key, name, colour in (
+        ("relative_error", "aggregation error", FEDERATED),
+        ("drift", "drift of clients", COLOURS[1]),
+    ):
+        values = [(r.round, r.aggregation[key]) for r in measured if r.aggregation.get(key)]
+        if values:
+            _line(figure, name, [x for x, _ in values], [y for _, y in values], colour)
+    figure.update_yaxes(type="log", exponentformat="power")
+    return figure if figure.data else None
 
 
 def _seconds(run: Run) -> go.Figure:

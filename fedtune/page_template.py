@@ -132,6 +132,24 @@ rows like its own.</p>
 </table></div>
 {% endif %}
 
+{% if aggregation %}
+{% set columns = ["error", "relative_error", "cosine", "effective_rank", "stable_rank",
+  "accumulated_effective_rank", "change", "drift", "update_cosine", "moved_A", "moved_B"] %}
+<details><summary>Aggregation, round by round</summary>
+<p class="note">Against the mean of the clients' products of B and A, over all modules. Effective
+rank: exp of the entropy of the squared singular values; stable rank: their sum over the largest;
+both of that mean, accumulated: of the whole change of the model. Change: the length of the
+clients' mean change; drift: their distance from the mean, over it; update cosine: between two
+clients' changes; moved: how far a client moves each factor.</p>
+<div class="scroll"><table>
+<tr><th>round</th>{% for c in columns %}<th>{{ c | words }}</th>{% endfor %}</tr>
+{% for round, figures in aggregation %}
+<tr><td>{{ round }}</td>{% for c in columns %}
+  <td>{{ "%.3g" % figures[c] if c in figures else "-" }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div></details>
+{% endif %}
+
 <details><summary>The recipe, every key</summary><pre>{{ recipe }}</pre></details>
 <footer>
 {% if sha256 %}<p>SHA-256 of adapter_model.safetensors: <code>{{ sha256 }}</code></p>{% endif %}

@@ -12,10 +12,10 @@ LAYERS = [
     {"config", "lowrank"},
     {"combine", "corpus", "docstrings", "files"},
     {"dealing"},
-    {"cohorts", "data", "partitions", "strategies", "tasks"},
+    {"cohorts", "data", "optimizers", "partitions", "strategies", "tasks"},
     {"privacy"},
-    {"prefix", "shards", "tokens"},
-    {"adapted", "bases", "heads", "models", "wire", "parts"},
+    {"aggregation", "prefix", "shards", "tokens"},
+    {"adapted", "attacks", "bases", "composition", "heads", "models", "wire", "parts"},
     {"products", "training", "trunk", "report"},
     {"resident", "stacked", "exporting", "page", "page_template", "planning", "progress", "tables"},
     {"vectorized"},
@@ -71,7 +71,7 @@ def test_clients_and_server_meet_in_messages_only() -> None:
 
 
 def test_strategies_know_adapters_and_the_experiment_only() -> None:
-    allowed = {"adapter", "config", "errors", "combine", "lowrank", "strategies"}
+    allowed = {"adapter", "config", "errors", "combine", "lowrank", "seeds", "strategies"}
     for path in (ROOT / "fedtune" / "strategies").glob("*.py"):
         own = {name.split(".")[1] for name in imports(path) if name.startswith("fedtune.")}
         assert own <= allowed, path

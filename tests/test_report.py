@@ -200,6 +200,34 @@ def test_the_page_is_whole_and_asks_nobody(folder: Path) -> None:
     assert "withheld" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
 
 
+def test_the_aggregation_of_every_round_is_shown(folder: Path) -> None:
+    """A round without figures has none shown; a figure that a round lacks is a dash."""
+    run = report.read(folder)
+    assert tables.of_aggregation(run.records) == []
+    page.write(run, folder / "report.html")
+    assert "Aggregation, round by round" not in (folder / "report.html").read_text("utf-8")
+    run.records[1] = replace(run.records[1], aggregation={"relative_error": 0.0123, "drift": 1.5})
+    run.records[2] = replace(run.records[2], aggregation={"relative_error": 4.5e-8})
+    printed = io.StringIO()
+    (table,) = tables.of_aggregation(run.records)
+    Console(width=80, file=printed).print(table)
+    lines = [line.split() for line in printed.getvalue().splitlines()[3:]]
+    assert lines == [["1", "0.0123", "-", "-", "1.5", "-"], ["2", "4.5e-08", "-", "-", "-", "-"]]
+    page.write(run, folder / "report.html")
+    text = (folder / "report.html").read_text("utf-8")
+    assert "<td>0.0123</td>" in text
+    assert "Aggregation error by round" in text
+
+
+def test_of_many_rounds_some_are_tabled() -> None:
+    records = [replace(record(k, (0, 0)), aggregation={"cosine": 1.0}) for k in range(1, 101)]
+    printed = io.StringIO()
+    Console(width=80, file=printed).print(tables.of_aggregation(records)[0])
+    rounds = [int(line.split()[0]) for line in printed.getvalue().splitlines()[3:]]
+    assert len(rounds) == tables.MOST_ROWS
+    assert (rounds[0], rounds[-1]) == (1, 100)
+
+
 def test_names_from_data_cannot_become_code(tmp_path: Path) -> None:
     evil = "</script><img src=x onerror=alert(1)>"
     reason = Rejection("east", "E_CLIENT", evil)

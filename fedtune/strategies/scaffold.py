@@ -68,11 +68,6 @@ class Scaffold(Strategy):
                 f"strategy = 'scaffold' with cohort = '{experiment.cohort}' must know how many "
                 "clients there are. Set strategy = 'scaffold(population=100)', or cohort = 'all'."
             )
-        if experiment.combine != "mean":
-            raise RecipeError(
-                f"strategy = 'scaffold' needs the mean of all, so combine = '{experiment.combine}' "
-                "has no meaning. Set combine = 'mean'."
-            )
 
 
 def _zeros(adapter: Adapter) -> Adapter:
