@@ -78,7 +78,7 @@ def test_without_sampling_it_is_the_closed_form() -> None:
         for delta, expected in zip((1e-5, 1e-3, 1e-2), epsilons, strict=True):
             assert _exact(math.sqrt(count) / noise, delta) == pytest.approx(expected, abs=1e-4)
             event = Event(noise, count=int(count))
-            assert epsilon(event, delta) == pytest.approx(expected, abs=0.01)
+            assert epsilon([event], delta) == pytest.approx(expected, abs=0.01)
 
 
 @pytest.mark.parametrize(
@@ -94,7 +94,7 @@ def test_noise_for_an_epsilon_of_2000_records(steps: int, noises: tuple[float, .
         found = noise_for(target, delta, event)
         assert 0.85 * noise < found <= noise
         exact = Event(found, "poisson", 32 / 2000, steps)
-        assert 0.99 * target < epsilon(exact, delta) <= target
+        assert 0.99 * target < epsilon([exact], delta) <= target
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def _compared(grid: list[tuple[float, float, int]]) -> None:
             Event(noise, "poisson", rate * 1.1, count),
             Event(noise, "poisson", rate, count + 1),
         ):
-            assert epsilon(dearer, 1e-5) > found.pld
+            assert epsilon([dearer], 1e-5) > found.pld
 
 
 def test_another_accountant_agrees_and_more_noise_costs_less() -> None:

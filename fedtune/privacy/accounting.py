@@ -26,6 +26,7 @@ from dp_accounting import pld, rdp
 INTERVAL = 1e-3  # of the discretised privacy loss; the error is always upwards
 CELLS = 1e5  # of a privacy loss distribution at most, so that a hopeless noise costs no minutes
 HOPELESS = 1e4  # an epsilon beyond which only RDP is computed
+SMALLEST = 1e-5  # delta of nothing spent
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,20 @@ def cost(events: Sequence[Event], delta: float, interval: float = INTERVAL) -> C
     return _cost(merged(events), delta, interval)
 
 
+def epsilon(events: Sequence[Event], delta: float, interval: float = INTERVAL) -> float:
+    """`Cost.epsilon` alone, for searches and budgets: seldom more than one accountant is asked."""
+    return _epsilon(merged(events), delta, interval)
+
+
 @functools.lru_cache(maxsize=4096)
-def epsilon(event: Event, delta: float, interval: float = INTERVAL) -> float:
-    """`Cost.epsilon` of one event, for searches: seldom more than one accountant is asked."""
-    kinds = merged([event])
-    rho = event.count / (2 * event.noise**2)
+def _epsilon(events: tuple[Event, ...], delta: float, interval: float) -> float:
+    if not events:
+        return 0.0
+    rho = sum(event.count / (2 * event.noise**2) for event in events)
     rough = rho + 2 * math.sqrt(rho * math.log(1 / delta))  # without amplification
-    if rough > HOPELESS or event.sampling == "fixed":
-        rough = _rdp(kinds, delta)
-    tight = _pld(kinds, delta, interval, rough / 10)
+    if rough > HOPELESS or any(event.sampling == "fixed" for event in events):
+        rough = _rdp(events, delta)
+    tight = _pld(events, delta, interval, rough / 10)
     return tight if math.isfinite(tight) else rough
 
 

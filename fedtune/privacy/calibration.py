@@ -44,7 +44,7 @@ def _solved(
     """The root, searched for outwards from `guess` in steps of `factor`, then between two."""
 
     def excess(logarithm: float) -> float:
-        cost = accounting.epsilon(replace(event, noise=math.exp(logarithm)), delta, interval)
+        cost = accounting.epsilon([replace(event, noise=math.exp(logarithm))], delta, interval)
         return math.log(max(cost, 1e-12) / epsilon)
 
     low = high = math.log(guess)

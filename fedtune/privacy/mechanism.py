@@ -15,6 +15,7 @@ from fedtune.config import Experiment, PrivacySettings
 from fedtune.errors import RecipeError
 from fedtune.privacy.accounting import Event
 from fedtune.privacy.calibration import noise_for
+from fedtune.strategies.strategy import Strategy
 
 ADD_REMOVE, REPLACE = "add or remove one", "replace one"
 DELTA = 1e-5
@@ -44,7 +45,7 @@ class Mechanism:
         batch: expected units in a sum, q N.
         denominator: of the mean.
         delta: of (epsilon, delta).
-        budget: epsilon of the whole run at most; infinite without one.
+        budget: epsilon of the whole run at most; 0 without one.
     """
 
     mode: str
@@ -87,6 +88,34 @@ ADVERSARY = {
     "the coordinator is trusted",
     "local": "everybody but the client itself",
 }
+
+
+def not_covered(experiment: Experiment, strategy: Strategy) -> list[str]:
+    """What the promise leaves out, for the ledger and whoever reads its certificate."""
+    p = experiment.privacy
+    found = [
+        "the choice of the recipe, of its hyper-parameters and of this run among others",
+        "how many clients there are, and what the roster tells of them (rows, label counts)",
+        "how long a round takes, and which clients failed",
+    ]
+    if p.mode == "record":
+        found.append("metrics on test rows, which are other rows than those trained on")
+    else:
+        found.append("metrics on clients' test rows, in rounds.jsonl and the report")
+    if experiment.evaluation.samples:
+        found.append("generated answers and the test rows they answer, in samples.json")
+    if p.unit:
+        found.append(f"test rows that share their '{p.unit}' with rows trained on")
+    if strategy.personal:
+        found.append("the models that clients keep to themselves")
+    if p.mode == "client":
+        found.append("what the coordinator's own folder tells of single clients (rounds.jsonl)")
+    if experiment.references != "none":
+        found.append(
+            f"the references ({experiment.references}), which learn from the same rows without "
+            "noise: publish none of their models and numbers as private"
+        )
+    return found
 
 
 def private(experiment: Experiment) -> bool:
@@ -203,5 +232,5 @@ def _resolved(
         batch=batch,
         denominator=batch,
         delta=delta,
-        budget=p.epsilon or math.inf,
+        budget=p.epsilon,
     )
