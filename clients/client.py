@@ -18,7 +18,6 @@ from fedtune.adapter import State
 from fedtune.attacks import Attack
 from fedtune.config import DataSettings, Experiment, ModelSettings
 from fedtune.errors import RecipeError
-from fedtune.files import require
 from fedtune.heads import HeadRule
 from fedtune.models import Model
 from fedtune.privacy import clipping, mechanism, noise
@@ -105,16 +104,8 @@ class Client:
 
     @property
     def units(self) -> int:
-        """What record-level privacy protects: its training rows, or values of a column of them.
-
-        Raises:
-            RecipeError: the rows have no such column.
-        """
-        column = self.experiment.privacy.unit
-        if not column:
-            return len(self.shard.train)
-        require(self.shard.train, [column], f"privacy.unit: the rows of '{self.shard.name}'")
-        return len(set(self.shard.train[column]))
+        """What record-level privacy protects of its rows."""
+        return shards.units(self.shard, self.experiment.privacy.unit)
 
     def require_rows(self) -> None:
         """Encode every row now, so that a faulty one is told before the first round.

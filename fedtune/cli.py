@@ -127,6 +127,8 @@ def plan(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -
     out.print(table)
     if cost.mix:
         out.print(tables.mix_table(cost.mix))
+    if cost.privacy:
+        out.print(tables.privacy_table(cost.privacy))
 
 
 def _frozen(cost: Any) -> str:
