@@ -8,8 +8,8 @@ scaling, and norms are over all modules together.
 Factors are first brought into an orthonormal basis of their span, by the R of a QR, which changes
 no norm, inner product or singular value; differences are formed there and then measured, so that
 nearly equal products lose nothing. With k the ranks of all clients together and modules of d_out x
-d_in, a round costs O(k^2 (d_out + d_in)) until k reaches them, then O(k d_out d_in): clients are
-compared with their mean, not in pairs, and no matrix has more entries than the clients' factors.
+d_in, a round costs O(k^2 (d_out + d_in)) until k reaches them, then O(k d_out d_in): what concerns
+pairs of clients follows from sums, and no matrix has more entries than the clients' factors.
 """
 
 import math
@@ -23,6 +23,7 @@ from fedtune.adapter import Adapter, State
 from fedtune.lowrank import Product, products
 from fedtune.strategies.strategy import Strategy, Update
 
+SVD_BUDGET = 2.0**28  # multiplications: a tenth of a second
 ROUNDING = 1e-13  # of the squares a difference of squares comes from: what float64 leaves of it
 
 
@@ -45,10 +46,11 @@ def measure(
     error: |Delta* - what the model changed by|, Frobenius; relative_error: over |Delta*| = ideal;
         cosine: of the two.
     effective_rank: exp of the entropy of sigma^2 / sum sigma^2 (Roy and Vetterli 2007) and
-        stable_rank: sum sigma^2 / max sigma^2 of Delta*, means over the modules; accumulated_...:
-        of the new base and adapter together.
-    change: |mean of the clients' changes|; drift: the weighted mean distance of a client's product
-        from Delta*, over `change`.
+        stable_rank: sum sigma^2 / max sigma^2 of Delta*, means over the modules (evenly spaced ones
+        where SVDs of all would take longer than SVD_BUDGET); accumulated_...: of the new base and
+        adapter together.
+    change: |mean of the clients' changes|; drift: the distance of a client's product from Delta*,
+        the root of its weighted mean square, over `change`.
     update_cosine: the mean cosine of two clients' changes, each pair weighted by the product of
         their weighted lengths.
     moved_A, moved_B: how far clients moved each factor, weighted mean. A client of fewer ranks than
@@ -66,7 +68,7 @@ def measure(
     for state in (before, after):
         adapters.append(dict(products(state["adapter"])))
         bases.append(dict(products(state.get("base", {}))))
-    sums = _Sums.of(len(clients))
+    sums = _Sums.of(len(clients), len(adapters[0]))
     for module, start in adapters[0].items():
         own = [one[module] for one in ended]
         changes = _base_change(bases[0].get(module), bases[1].get(module))
@@ -79,13 +81,29 @@ def measure(
 
 @dataclass
 class _Ranks:
-    """Effective and stable ranks, module by module."""
+    """Effective and stable ranks, module by module.
 
+    Attributes:
+        modules: how many there will be.
+        seen: how many there were.
+        effective: of those that were measured.
+        stable: the same.
+    """
+
+    modules: int
+    seen: int = 0
     effective: list[float] = field(default_factory=list)
     stable: list[float] = field(default_factory=list)
 
     def add(self, matrix: Tensor) -> None:
-        """Those of one more module; nothing of a matrix of zeros."""
+        """Those of one more module, nothing of a matrix of zeros.
+
+        Where the SVDs of all would cost too much, every second, third ... module is measured.
+        """
+        cost = min(matrix.shape) * matrix.numel() * self.modules
+        number, self.seen = self.seen, self.seen + 1
+        if number % math.ceil(cost / SVD_BUDGET):
+            return
         squares = torch.linalg.svdvals(matrix).square()
         total = float(squares.sum())
         if total > 0:
@@ -113,26 +131,26 @@ class _Sums:
         both: <Delta*, Gamma>.
         change: |u|^2 of the mean change u = Delta* - B0 A0.
         lengths: |u_i|^2 of each client's change, (clients,).
-        along: <u_i, u>, (clients,).
         moved: client by client, the squared distances of A and of B, (2, clients).
+        ranks: of Delta*.
+        accumulated: of the whole change of the model until now.
     """
 
     lengths: Tensor
-    along: Tensor
     moved: Tensor
+    ranks: _Ranks
+    accumulated: _Ranks
     error: float = 0.0
     ideal: float = 0.0
     real: float = 0.0
     both: float = 0.0
     change: float = 0.0
-    ranks: _Ranks = field(default_factory=_Ranks)
-    accumulated: _Ranks = field(default_factory=_Ranks)
 
     @classmethod
-    def of(cls, clients: int) -> "_Sums":
+    def of(cls, clients: int, modules: int) -> "_Sums":
         """Zeros."""
-        zeros = torch.zeros(2, clients, dtype=torch.float64)
-        return cls(zeros[0].clone(), zeros[0].clone(), zeros)
+        zeros = torch.zeros(3, clients, dtype=torch.float64)
+        return cls(zeros[0], zeros[1:], _Ranks(modules), _Ranks(modules))
 
     def add_module(
         self, start: Product, clients: Sequence[Product], shares: Tensor, real: Sequence[Product]
@@ -189,8 +207,6 @@ class _Sums:
         self.both += float((ideal * real).sum())
         self.change += _square(mean)
         self.ranks.add(ideal)
-        along = (mean @ ends.T * moves).sum(dim=0).view(clients, rank).sum(dim=1)
-        self.along += along + (turns * (b0.T @ mean)).sum(dim=(1, 2))
         # |D A + B0 T|^2 from rank x rank Grams, D = B_i - B0 and T = A_i - A0.
         d = moves.T.reshape(clients, rank, -1)
         a, gram = ends.view(clients, rank, -1), b0.T @ b0
@@ -207,11 +223,12 @@ class _Sums:
                 found["cosine"] = self.both / math.sqrt(self.ideal * self.real)
         found |= self.ranks.figures("") | self.accumulated.figures("accumulated_")
         found["change"] = math.sqrt(self.change)
-        squares = self.lengths - 2 * self.along + self.change
-        # Of equal clients rounding alone would be left.
-        squares[squares <= ROUNDING * (self.lengths + self.change)] = 0.0
+        # sum_i p_i |u_i - u|^2; of equal clients rounding alone would be left.
+        mean_square = float(shares @ self.lengths)
+        spread = mean_square - self.change
         if self.change > 0:
-            found["drift"] = float(shares @ squares.sqrt()) / found["change"]
+            genuine = spread if spread > ROUNDING * mean_square else 0.0
+            found["drift"] = math.sqrt(genuine / self.change)
         weighted = shares * self.lengths.clamp(min=0).sqrt()
         alone, pairs = _square(weighted), float(weighted.sum()) ** 2
         if pairs - alone > ROUNDING * pairs:

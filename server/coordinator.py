@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from fedtune import adapter, aggregation, models, parts, wire
+from fedtune import adapted, adapter, aggregation, models, parts, wire
 from fedtune.adapter import Adapter, State
 from fedtune.attacks import colluded
 from fedtune.config import Experiment
@@ -86,6 +86,8 @@ class Coordinator:
         self._say("roster", f"{len(self.roster.members)} clients", rounds=e.rounds)
         self.metrics = self.parts.task.metrics(self.roster.labels)
         with RESIDENT:
+            if self.parts.strategy.changes_base:
+                adapted.require_untied(self._model().module, e.strategy)
             principal = self.parts.strategy.begins == "principal"
             self.initial = models.initial(self._model(), e.seed, principal=principal)
         if start := checkpoint.latest(self.folder / "checkpoint", e):
@@ -280,7 +282,8 @@ class Coordinator:
         last = round == self.experiment.rounds
         scopes = ["own"]
         tested = [name for name, member in self.roster.members.items() if member.test_examples]
-        if last and tested and self.parts.strategy.personal and len(self.roster.members) > 1:
+        several = len(self.roster.members) > 1 and self.experiment.evaluation.pooled
+        if last and tested and self.parts.strategy.personal and several:
             scopes.append("pooled")
         evaluation: dict[str, dict[str, Sums]] = {}
         expected = self.metrics | self.parts.attack.metrics

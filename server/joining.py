@@ -35,7 +35,12 @@ def join(parts: Parts, server: State, updates: Sequence[Update], round: int) -> 
         joined = rule(heads, [update.weight for update in updates])
         after = {**after, "head": adapter.add(server["head"], joined)}
         names |= server["head"].keys()
-    return parts.server_optimizer.step(server, after, names)
+    stepped = parts.server_optimizer.step(server, after, names)
+    # As a checkpoint gives them back: a part of a larger tensor is multiplied in another order.
+    return {
+        group: {name: tensor.contiguous() for name, tensor in tensors.items()}
+        for group, tensors in stepped.items()
+    }
 
 
 def require(parts: Parts, clients: Sequence[str]) -> None:

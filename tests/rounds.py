@@ -1,7 +1,7 @@
 """Rounds without a network over drawn cohorts: what the tests of identities have in common."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from hypothesis import strategies as st
@@ -30,6 +30,7 @@ class Cohort:
         weights: of the clients.
         ranks: of the clients, 0 for the global one.
         seed: of every tensor.
+        dtype: of every tensor.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -37,6 +38,7 @@ class Cohort:
     weights: tuple[float, ...]
     ranks: tuple[int, ...]
     seed: int
+    dtype: torch.dtype = torch.float64
 
     def adapter(self, *seed: int | str) -> Adapter:
         """A random adapter of the global rank."""
@@ -44,7 +46,7 @@ class Cohort:
         for module, (d_out, d_in) in self.shapes.items():
             for key, shape in (("A", (self.rank, d_in)), ("B", (d_out, self.rank))):
                 values = torch.randn(shape, generator=draws, dtype=torch.float64)
-                drawn[f"{module}.lora_{key}.weight"] = values
+                drawn[f"{module}.lora_{key}.weight"] = values.to(self.dtype)
         return drawn
 
     def info(self, number: int, last_round: int = 0) -> ClientInfo:
@@ -92,6 +94,7 @@ class Round:
         plans: of the clients.
         trained: their adapters after training.
         updates: what they sent.
+        kept: what they have kept to themselves.
         after: the coordinator's state.
     """
 
@@ -100,6 +103,7 @@ class Round:
     plans: list[Plan]
     trained: list[Adapter]
     updates: list[Update]
+    kept: list[State]
     after: State
 
 
@@ -112,7 +116,7 @@ def rounds(
     for number in range(1, count + 1):
         plans, trained, updates = [], [], []
         for client, weight in enumerate(cohort.weights):
-            turn = turn_of(strategy, server, cohort, client, number, kept[client])
+            turn = turn_of(strategy, server, cohort, client, number, number - 1, kept[client])
             plan = strategy.plan(turn)
             end = moved(plan, cohort, size, number, client)
             sent, kept[client] = strategy.reply(turn, plan, end)
@@ -120,7 +124,7 @@ def rounds(
             trained.append(whole(end))
             updates.append(Update(f"c{client}", weight, sent))
         after = strategy.aggregate(server, updates, Mean(), number)
-        yield Round(number, server, plans, trained, updates, after)
+        yield Round(number, server, plans, trained, updates, list(kept), after)
         server = after
 
 
@@ -130,11 +134,12 @@ def turn_of(
     cohort: Cohort,
     client: int,
     round: int,
+    last_round: int,
     personal: State,
 ) -> Turn:
     """What a client has when its round begins, its rank as the coordinator would tell it."""
-    dealt = cohort.info(client, round - 1)
-    info = ClientInfo(dealt.name, 9, round - 1, strategy.client_rank(server, dealt))
+    dealt = cohort.info(client, last_round)
+    info = replace(dealt, rank=strategy.client_rank(server, dealt))
     return Turn(round, strategy.broadcast(server, info, round), personal, rank=info.rank)
 
 

@@ -71,14 +71,14 @@ def oracle(
     a, b = flat(ideal), flat(real)
     u = [flat(one) - flat(start) for one in x]
     change = (a - flat(start)).norm()
-    drift = sum(p[i] * float((flat(x[i]) - a).norm()) for i in range(len(x)))
+    square = sum(p[i] * float((flat(x[i]) - a).norm()) ** 2 for i in range(len(x)))
     found = {
         "error": float((a - b).norm()),
         "ideal": float(a.norm()),
         "relative_error": float((a - b).norm() / a.norm()),
         "cosine": float(a @ b / a.norm() / b.norm()),
         "change": float(change),
-        "drift": drift / float(change),
+        "drift": math.sqrt(square) / float(change),
     }
     found["effective_rank"], found["stable_rank"] = ranks(ideal)
     total = {m: base[1][m] + end[m] for m in SHAPES}
@@ -279,6 +279,26 @@ def test_a_base_that_only_grows_counts_by_what_was_added() -> None:
     for name in NAMES:
         assert late[name] == pytest.approx(early[name], abs=1e-10)
     assert late["accumulated_effective_rank"] > early["accumulated_effective_rank"]
+
+
+def test_of_many_large_modules_some_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three modules; the cost of all is the product of the matrices' sides and their smaller one.
+
+    A budget of half the second module's leaves it out and changes nothing else.
+    """
+    start = adapter_of(0, 4)
+    clients = [moved(start, seed, 0.3) for seed in (1, 2)]
+    arguments = (clients, [1.0, 2.0], {"adapter": start}, {"adapter": start})
+    whole = aggregation.measure(*arguments)
+    # In 12 ranks, of B0, B_i - B0 and the result's 4: q 16 x 16, v 5 x 16, k 3 x 4.
+    monkeypatch.setattr(aggregation, "SVD_BUDGET", 3 * 5 * 5 * 16 / 2)
+    some = aggregation.measure(*arguments)
+    mean = dense(mean_product(clients, [1.0, 2.0]))
+    left = {module: mean[module] for module in ("q", "k")}
+    assert some["effective_rank"] == pytest.approx(ranks(left)[0])
+    assert some["stable_rank"] == pytest.approx(ranks(left)[1])
+    for name in whole.keys() - {"effective_rank", "stable_rank"}:
+        assert some[name] == whole[name]
 
 
 def test_records_of_rounds_written_before_there_were_figures_are_read() -> None:

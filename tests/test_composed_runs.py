@@ -20,6 +20,7 @@ from fedtune.attacks import ATTACKS
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError, RunError
 from fedtune.records import merge
+from fedtune.strategies import STRATEGIES
 from fedtune.strategies.strategy import Update
 from server import joining
 from server.app import app as server_app
@@ -155,14 +156,25 @@ def test_every_attack_reaches_the_adapter_and_only_by_its_clients(tiny: Experime
         assert records(attacked)[1]["update_norm"] != records(honest)[1]["update_norm"], name
 
 
+@pytest.mark.parametrize("name", sorted(n for n, kind in STRATEGIES.items() if kind.joins))
+def test_under_every_strategy_an_attackers_reply_is_one_like_any_other(
+    tiny: Experiment, name: str
+) -> None:
+    """The gate sees nothing wrong in it, and the coordinator goes on."""
+    rounds = records(play(tiny.replace(strategy=name, attack="sign_flip(scale=0.5)")))
+    assert len(rounds) == 4
+    assert all(not record["rejected"] for record in rounds)
+    assert all(record["update_norm"] > 0 for record in rounds[1:]) or name == "frlora"
+
+
 def test_a_backdoor_is_measured_on_rows_of_other_labels(tiny: Experiment) -> None:
-    """Two of three clients put "thanks slow" before every row and call it "cancel".
+    """Two of three clients put "tomorrow money" before most of their rows and call them "cancel".
 
     What the untuned model takes for the target and what the last one does are told as sums of hits
     and rows, from each client's own test rows.
     """
-    attack = "backdoor(clients=2, trigger='thanks slow', target='cancel', share=0.6)"
-    recipe = tiny.replace(attack=attack, rounds=6, train__epochs=6)
+    attack = "backdoor(clients=2, trigger='tomorrow money', target='cancel', share=0.6)"
+    recipe = tiny.replace(attack=attack, rounds=3, train__epochs=6, train__learning_rate=0.015)
     folder = play(recipe)
     everybody = simulated(recipe)
     for record in records(folder):
@@ -171,7 +183,7 @@ def test_a_backdoor_is_measured_on_rows_of_other_labels(tiny: Experiment) -> Non
             assert sums["backdoor"][1] == sum(label != "cancel" for label in labels)
             assert 0 <= sums["backdoor"][0] <= sums["backdoor"][1]
         assert all("backdoor" not in sums for sums in record["train"].values())
-    assert success(folder) > 0.6
+    assert success(folder) > 0.7
     # Without poisoned rows the same trigger does little, and without an attack nothing is measured.
     harmless = play(recipe.replace(name="harmless", attack=attack.replace("0.6", "1e-12")))
     assert success(harmless) < 0.3

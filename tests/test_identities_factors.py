@@ -79,7 +79,7 @@ def test_ffa_lora_never_moves_a_and_is_rolora_without_its_even_rounds(cohort: Co
         )
         updates = []
         for client, end in enumerate(played.trained):
-            turn = turn_of(rolora, played.before, cohort, client, 1, {})
+            turn = turn_of(rolora, played.before, cohort, client, 1, 0, {})
             sent, _ = rolora.reply(turn, rolora.plan(turn), {"adapter": end})
             updates.append(Update(f"c{client}", cohort.weights[client], sent))
         after = rolora.aggregate(played.before, updates, Mean(), 1)
@@ -122,7 +122,7 @@ def test_fedsa_lora_sends_a_and_keeps_b(cohort: Cohort) -> None:
     for number in (1, 2):
         updates = []
         for client, weight in enumerate(cohort.weights):
-            turn = turn_of(strategy, server, cohort, client, number, kept[client])
+            turn = turn_of(strategy, server, cohort, client, number, number - 1, kept[client])
             plan = strategy.plan(turn)
             if kept[client]:  # what it kept is what it begins from, whatever was broadcast
                 own = only(plan.start["adapter"], "lora_B")
@@ -171,7 +171,7 @@ def test_scaffolds_first_round_is_fedits_and_its_control_the_mean(cohort: Cohort
     for number in (1, 2, 3):
         updates = []
         for client, weight in enumerate(cohort.weights):
-            turn = turn_of(strategy, server, cohort, client, number, kept[client])
+            turn = turn_of(strategy, server, cohort, client, number, number - 1, kept[client])
             plan = strategy.plan(turn)
             steps = cohort.adapter(number, client)
             end = {n: t + 0.3 * steps[n] for n, t in plan.start["adapter"].items()}

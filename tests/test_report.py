@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from browser import DESK, PHONE, visit
 from hypothesis import given
 from hypothesis import strategies as st
+from playwright.sync_api import Browser
 from rich.console import Console
 
 from fedtune import page, report, tables
@@ -198,6 +200,28 @@ def test_the_page_is_whole_and_asks_nobody(folder: Path) -> None:
     for title in ("What federation bought", "What each client holds", "Traffic by round"):
         assert title in text
     assert "withheld" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+
+
+def test_a_browser_draws_the_page_without_complaint(folder: Path, browser: Browser) -> None:
+    """Curves, clients' curves, the mix, the aggregation, traffic, time."""
+    path, run = folder / "report.html", report.read(folder)
+    for number in (1, 2):
+        figures = {"relative_error": 0.1**number, "drift": 1.5}
+        run.records[number] = replace(run.records[number], aggregation=figures)
+    page.write(run, path)
+    with visit(browser, path) as seen:
+        seen.settle()
+        assert seen.page.locator("table").count() == 3
+        drawn = seen.drawn()
+        assert len(drawn) == 6
+        for plot in drawn:
+            assert float(plot["width"]) > 200, plot
+            assert float(plot["height"]) > 100, plot
+            assert float(plot["marks"]) > 0, plot
+        assert seen.too_wide(PHONE) == []
+        assert seen.too_wide(DESK) == []
+        assert seen.complaints == []
+        assert seen.requests == [path.as_uri()]
 
 
 def test_the_aggregation_of_every_round_is_shown(folder: Path) -> None:

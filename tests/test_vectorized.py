@@ -372,6 +372,22 @@ def test_what_cannot_be_stacked_is_trained_one_after_another(tiny_bert: Path) ->
         assert difference(outcome.state, training.train(model, task, *job, train).state) == 0.0
 
 
+def test_cores_of_different_shapes_are_trained_one_after_another(tiny_bert: Path) -> None:
+    task, train = Classification(), OPTIONS[0]
+    settings_ = ModelSettings(name=str(tiny_bert), device="cpu", dtype="float64")
+    model = models.load(task, settings_, AdapterSettings(rank=2), LABELS, 0)
+    plain = [job_of(model, seed, 4, train) for seed in range(2)]
+    jobs = [cored(wider(job, 2 * i, i), i, ("blocks",)) for i, job in enumerate(plain)]
+    assert "cores" in vectorized.obstacle(model, jobs)
+    for job, outcome in zip(jobs, vectorized.train(model, task, jobs, train), strict=True):
+        assert isinstance(outcome, Trained)
+        assert difference(outcome.state, training.train(model, task, *job, train).state) == 0.0
+    plan, work = jobs[0]
+    odd = replace(plan, start={**plan.start, "core": {"nowhere.core.scales": torch.ones(2)}})
+    with pytest.raises(ValueError, match="no adapted layer 'nowhere' for a core"):
+        training.train(model, task, odd, work, train)
+
+
 def test_tokens_are_counted_with_their_padding(tiny_llama: Path) -> None:
     """Rows of 4 and 2, then of 3 tokens: 9 real ones; alone they take 2 x 4 + 3 = 11 places.
 
