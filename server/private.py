@@ -248,14 +248,14 @@ class Charging(Guard):
         if CLIP in server:
             moved = torch.tensor(done.clip, dtype=torch.float64)
             server = {**server, CLIP: {CLIP: moved}}
-        log.info(
-            "round %d: noise of norm %.3g in a mean of norm %.3g, its part from clients at most "
-            "%.3g",
-            round,
-            done.noise_norm,
-            done.signal_norm,
-            clip,
-        )
+        if done.noise_norm > clip and round == 1:
+            log.warning(
+                "the noise in each round's mean has norm %.3g, what clients say in it %.3g at "
+                "most: the model may learn nothing. More clients, fewer trained parameters or a "
+                "larger epsilon help.",
+                done.noise_norm,
+                clip,
+            )
         return server, [done.update]
 
     def _admitted(self, inputs: str, round: int) -> str:

@@ -225,9 +225,13 @@ def test_a_run_stops_before_a_round_over_its_budget(central: Experiment) -> None
     assert verified.accounts[""].epsilon == pytest.approx(spent)
 
 
-def test_an_epsilon_is_enough_for_all_rounds(central: Experiment) -> None:
+def test_an_epsilon_is_enough_for_all_rounds(
+    central: Experiment, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And that noise drowns what three clients say is told at once."""
     calibrated = central.replace(privacy__noise=0.0, privacy__epsilon=20.0, rounds=3)
     folder = play(calibrated)
+    assert [r.message for r in caplog.records if "the model may learn nothing" in r.message]
     verified = verifying.verify(folder)
     assert verified.rounds == 3
     assert 19.8 < verified.accounts[""].epsilon <= 20.0
