@@ -57,6 +57,12 @@ def hosted(context: Context, arm: str) -> dict[str, Client]:
     experiment = _of_arm(whole, arm)
     if _simulates(context):
         return clients.simulated(experiment)
+    if arm and whole.privacy.mode != "none":
+        raise RecipeError(
+            f"references = '{whole.references}' would train on this client's rows without the "
+            f"noise of privacy.mode = '{whole.privacy.mode}'. Only a simulation may compare so: "
+            "set references = 'none'."
+        )
     client = clients.institution(experiment, whole.run_id, tuple(sorted(node.items())))
     return {client.shard.name: client}
 
@@ -140,6 +146,7 @@ def describe(message: Message, context: Context) -> Message:
                 "test_examples": len(client.shard.test),
                 "mix": counts if client.policy.label_counts else None,
                 "labels": list(client.labels),
+                "units": client.units,
             }
         )
     nodes = int(context.node_config.get("num-partitions", 0))
@@ -172,9 +179,15 @@ def _opened(content: RecordDict, context: Context) -> tuple[Client, Job]:
 
 def _closed(client: Client, job: Job, trained: Trained) -> RecordDict:
     sent = client.finish(job, trained.state)
-    tokens = [trained.tokens, trained.computed]
     content = RecordDict({wire.CONFIG: job.address.record(), **wire.pack(sent)})
-    content[wire.METRICS] = wire.metrics_record(trained.sums, len(client.shard.train), tokens)
+    mode = client.experiment.privacy.mode
+    if mode == "none":
+        tokens = [trained.tokens, trained.computed]
+        content[wire.METRICS] = wire.metrics_record(trained.sums, len(client.shard.train), tokens)
+    else:
+        # Losses and counts of training rows are releases too, and nothing has paid for them.
+        examples = len(client.shard.train) if mode == "record" else 1
+        content[wire.METRICS] = wire.metrics_record({}, examples)
     return content
 
 

@@ -18,8 +18,11 @@ from fedtune.adapter import State
 from fedtune.attacks import Attack
 from fedtune.config import DataSettings, Experiment, ModelSettings
 from fedtune.errors import RecipeError
+from fedtune.files import require
 from fedtune.heads import HeadRule
 from fedtune.models import Model
+from fedtune.privacy import clipping, mechanism, noise
+from fedtune.privacy.ledger import KEY
 from fedtune.shards import Shard
 from fedtune.strategies.strategy import Plan, Turn
 from fedtune.tasks.task import Example, Task
@@ -100,6 +103,19 @@ class Client:
         """Its encoded test rows."""
         return self.rows.examples("test", self.number, self.model)
 
+    @property
+    def units(self) -> int:
+        """What record-level privacy protects: its training rows, or values of a column of them.
+
+        Raises:
+            RecipeError: the rows have no such column.
+        """
+        column = self.experiment.privacy.unit
+        if not column:
+            return len(self.shard.train)
+        require(self.shard.train, [column], f"privacy.unit: the rows of '{self.shard.name}'")
+        return len(set(self.shard.train[column]))
+
     def require_rows(self) -> None:
         """Encode every row now, so that a faulty one is told before the first round.
 
@@ -146,7 +162,18 @@ class Client:
         sent, kept = self.parts.strategy.reply(job.turn, job.plan, trained)
         head, own_head = rule.reply(job.plan.start.get("head", {}), trained.get("head", {}))
         personal.save(self.state, job.address.round, {**kept, **own_head})
-        return {**sent, **head}
+        return self._protected(job, {**sent, **head})
+
+    def _protected(self, job: Job, sent: State) -> State:
+        """What is sent under the recipe's promise to clients; one to records is kept by steps."""
+        e = self.experiment
+        if e.privacy.mode == "client":
+            return clipping.bounded(sent, job.turn.received, e.privacy)
+        if e.privacy.mode == "local":
+            key = noise.load_key(self.state / KEY)
+            own, turn = mechanism.local(e), job.address
+            return clipping.noised(sent, own, key, turn.run, turn.arm, turn.round, turn.client)
+        return sent
 
     def trial(self, address: Address, received: State) -> Trial:
         """The client's model, its own where it has one, and its own test rows.

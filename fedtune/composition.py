@@ -41,7 +41,7 @@ def check(experiment: Experiment, parts: Parts) -> None:
     Raises:
         RecipeError: the first of them, naming both keys and what to do.
     """
-    for refusals in (_strategy, _combine, _attack, _task):
+    for refusals in (_strategy, _combine, _attack, _task, _privacy):
         for reason in refusals(experiment, parts):
             raise RecipeError(reason)
     parts.strategy.check(experiment)
@@ -170,4 +170,49 @@ def _task(e: Experiment, parts: Parts) -> Iterator[str]:
         yield (
             f"adapter.init = 'orthogonal' needs an even adapter.rank, not {e.adapter.rank}. Set "
             "adapter.rank to an even number, or adapter.init = 'default'."
+        )
+
+
+def _privacy(e: Experiment, parts: Parts) -> Iterator[str]:
+    p, mode = e.privacy, f"privacy.mode = '{e.privacy.mode}'"
+    if p.unit and p.mode != "record":
+        yield (
+            f"privacy.unit = '{p.unit}' needs privacy.mode = 'record', not '{p.mode}'. Set it to "
+            "'', or privacy.mode = 'record'."
+        )
+    if p.clip_quantile and p.mode != "client":
+        yield (
+            f"privacy.clip_quantile = {p.clip_quantile} needs privacy.mode = 'client', not "
+            f"'{p.mode}'. Set it to 0.0, or privacy.mode = 'client'."
+        )
+    if p.mode not in ("client", "local"):
+        return
+    if e.weighting != "uniform":
+        yield (
+            f"{mode} does not go with weighting = '{e.weighting}': a client with many examples "
+            "would move the mean further than the clip allows. Set weighting = 'uniform'."
+        )
+    if not parts.strategy.joins:
+        yield (
+            f"{mode} does not go with strategy = '{e.strategy}', which joins nothing. Set "
+            "privacy.mode = 'none' or 'record', or another strategy."
+        )
+    if p.mode == "local":
+        return
+    if e.combine != "mean":
+        yield (
+            f"{mode} does not go with combine = '{e.combine}': only of a sum is it known how far "
+            "one client moves it. Set combine = 'mean'."
+        )
+    if parts.strategy.sends != "delta" or not parts.strategy.sums_only:
+        yield (
+            f"{mode} does not go with strategy = '{e.strategy}', which needs more of the clients "
+            "than the sum of their changes. Set privacy.mode = 'record', or a strategy such as "
+            "'ffa_lora' or 'fedsvd'."
+        )
+    if not parts.strategy.one_sum:
+        yield (
+            f"{mode} does not go with strategy = '{e.strategy}': what it sends beside the change "
+            "would pass without noise. Set privacy.mode = 'record', or a strategy such as "
+            "'ffa_lora' or 'fedsvd'."
         )

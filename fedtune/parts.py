@@ -86,7 +86,11 @@ def reference(experiment: Experiment, name: str) -> Experiment:
         experiment = experiment.replace(
             coordinator__minimum_clients=1, coordinator__minimum_replies=1
         )
+    # What a reference shows is that it has no noise; the ledger says that it is not covered.
     return experiment.replace(
+        privacy__mode="none",
+        privacy__unit="",
+        privacy__clip_quantile=0.0,
         strategy=name,
         references="none",
         cohort="all",

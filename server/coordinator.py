@@ -19,13 +19,13 @@ from fedtune import adapter, aggregation, models, parts, wire
 from fedtune.adapter import Adapter, State
 from fedtune.attacks import colluded
 from fedtune.config import Experiment
-from fedtune.errors import RunError
+from fedtune.errors import BudgetError, RunError
 from fedtune.heads import HeadRule
 from fedtune.models import Model
 from fedtune.records import Rejection, RoundRecord, Sums
 from fedtune.strategies.strategy import ClientInfo, Update
 from fedtune.wire import Address, RejectedError
-from server import checkpoint, exchange, joining, journal, roster
+from server import checkpoint, exchange, joining, journal, private, roster
 from server.checkpoint import Checkpoint
 from server.roster import Roster
 
@@ -64,6 +64,7 @@ class Coordinator:
         self.run_id = experiment.run_id
         self.dealt = [] if self.parts.strategy.pools else experiment.adapter.dealt()
         self.roster = Roster({})
+        self.guard = private.Guard(self.experiment)
         self.initial: State = {}
         self.metrics: dict[str, int] = {}
         self.last_rounds: dict[str, int] = {}
@@ -74,6 +75,7 @@ class Coordinator:
         Raises:
             RecipeError: the recipe, its data or its folder do not fit.
             RunError: a round had too few replies, or the folder cannot be written.
+            BudgetError: the next round would cost more privacy than the recipe allows.
         """
         e = self.experiment
         self.roster = roster.ask(self.grid, self.arm, e.coordinator)
@@ -86,13 +88,29 @@ class Coordinator:
         with RESIDENT:
             principal = self.parts.strategy.begins == "principal"
             self.initial = models.initial(self._model(), e.seed, principal=principal)
-        start = checkpoint.latest(self.folder / "checkpoint", e) or self._begin()
+        if start := checkpoint.latest(self.folder / "checkpoint", e):
+            self._protect()
+        else:
+            start = self._begin()
         self.last_rounds = start.last_rounds
         journal.keep(self.folder, start.round)
         server = start.state
         for round in range(start.round + 1, e.rounds + 1):
-            server = self._round(server, round)
+            try:
+                server = self._round(server, round)
+            except BudgetError:
+                self._finish(server)
+                raise
         self._finish(server)
+
+    def _protect(self) -> None:
+        """Open the ledger, or begin it."""
+        try:
+            self.guard = private.guard(
+                self.experiment, self.parts, self.run_id, self.roster, self.folder
+            )
+        except OSError as error:
+            raise checkpoint.unwritable(self.folder, error, -1) from error
 
     def _model(self) -> Model:
         e = self.experiment
@@ -106,9 +124,11 @@ class Coordinator:
             checkpoint.write_json(self.folder / "roster.json", self.roster.to_json())
         except OSError as error:
             raise checkpoint.unwritable(self.folder, error, -1) from error
+        self._protect()
         server = self.parts.strategy.start(self.initial["adapter"])
         if "head" in self.initial:
             server = {**server, "head": self.initial["head"]}
+        server = self.guard.began(server)
         began, tally = time.monotonic(), Tally()
         evaluation = self._evaluate(server, 0, tally)
         self._commit(server, 0, [], began, tally, evaluation, 0.0, {})
@@ -116,8 +136,9 @@ class Coordinator:
 
     def _round(self, server: State, round: int) -> State:
         began, tally = time.monotonic(), Tally()
-        names = self.parts.cohort.draw(list(self.roster.members), round, self.experiment.seed)
+        names = self.parts.cohort.draw(list(self.roster.members), round, self.guard.seed)
         self._say("round", f"round {round}", round=round, cohort=names)
+        self._charge(server, names, round)
         updates = self._collect(server, names, round, tally)
         needed = self.experiment.coordinator.minimum_replies
         if names and len(updates) < needed:
@@ -127,9 +148,12 @@ class Coordinator:
                 f"are needed (coordinator.minimum_replies). {reasons}. Nothing of this round was "
                 "kept; run the same command again to repeat it."
             )
-        after = joining.join(self.parts, server, updates, round) if updates else server
+        before, joined = self._release(server, updates, round)
+        after = joining.join(self.parts, before, joined, round) if joined else before
         moved = adapter.norm(adapter.subtract(after["adapter"], server["adapter"]))
-        compared = aggregation.of_round(self.parts.strategy, server, updates, after, round)
+        compared = {}
+        if self.guard.compares:
+            compared = aggregation.of_round(self.parts.strategy, server, updates, after, round)
         for update in updates:
             self.last_rounds[update.client] = round
         last, every = round == self.experiment.rounds, self.experiment.evaluation.every
@@ -137,13 +161,36 @@ class Coordinator:
         self._commit(after, round, names, began, tally, evaluation, moved, compared)
         return after
 
+    def _charge(self, server: State, names: Sequence[str], round: int) -> None:
+        try:
+            self.guard.charge(server, names, round)
+        except OSError as error:
+            raise checkpoint.unwritable(self.folder, error, round - 1) from error
+
+    def _release(
+        self, server: State, updates: Sequence[Update], round: int
+    ) -> tuple[State, Sequence[Update]]:
+        """What may be joined of the accepted replies."""
+        schema = self._schema(ClientInfo("any", 1), round)
+        try:
+            return self.guard.release(server, updates, schema, round)
+        except OSError as error:
+            raise checkpoint.unwritable(self.folder, error, round - 1) from error
+
+    def _schema(self, info: ClientInfo, round: int) -> State:
+        """Names, shapes and dtypes of what a client sends, but for what its protection adds."""
+        schema = self.parts.strategy.payload(self.initial["adapter"], info, round)
+        if self.head.shared and "head" in self.initial:
+            schema = {**schema, "head": self.initial["head"]}
+        return schema
+
     def _broadcast(self, server: State, name: str, round: int) -> State:
         info = self._info(server, name)
         sent = self.parts.strategy.broadcast(server, info, round)
         own_head = self.head.trained and not self.head.shared and info.last_round
         if "head" in server and not own_head:
             sent = {**sent, "head": server["head"]}
-        return sent
+        return self.guard.broadcast(server, sent)
 
     def _info(self, server: State, name: str) -> ClientInfo:
         member = self.roster.members[name]
@@ -205,17 +252,16 @@ class Coordinator:
         self, server: State, names: Sequence[str], round: int, tally: Tally
     ) -> list[Update]:
         """Accepted updates, sorted by client name."""
-        strategy, updates = self.parts.strategy, []
+        updates = []
+        expected = self.metrics if self.guard.tells_metrics else {}
         # Each reply is decoded as it comes, so that its bytes need not stay beside its tensors.
         for name, address, content in self._ask("train", server, names, round, tally):
             try:
-                info = self._info(server, name)
-                schema = strategy.payload(self.initial["adapter"], info, round)
-                if self.head.shared and "head" in self.initial:
-                    schema = {**schema, "head": self.initial["head"]}
+                schema = self.guard.schema(self._schema(self._info(server, name), round))
                 examples = self.roster.members[name].examples
                 state, count = wire.gate(content, address, schema, examples)
-                sums = wire.gate_metrics(content, address, self.metrics)
+                self.guard.admit(server, state)
+                sums = wire.gate_metrics(content, address, expected)
                 tokens = wire.gate_tokens(content)
             except RejectedError as error:
                 self._reject(tally, Rejection(name, error.code, error.reason))

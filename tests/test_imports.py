@@ -13,6 +13,7 @@ LAYERS = [
     {"combine", "corpus", "docstrings", "files"},
     {"dealing"},
     {"cohorts", "data", "optimizers", "partitions", "strategies", "tasks"},
+    {"privacy"},
     {"aggregation", "prefix", "shards", "tokens"},
     {"adapted", "attacks", "bases", "composition", "heads", "models", "wire", "parts"},
     {"products", "training", "trunk", "report", "statistics"},
