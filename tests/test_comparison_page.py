@@ -52,6 +52,14 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of one condition, which is drawn sooner."""
+    path = tmp_path_factory.mktemp("page") / "comparison.html"
+    comparison_page.write(example(1), path)
+    return path
+
+
+@pytest.fixture(scope="module")
 def opened(browser: Browser, file: Path) -> Iterator[Visit]:
     with visit(browser, file) as seen:
         seen.settle()
@@ -134,7 +142,7 @@ def test_names_from_data_are_shown_and_never_obeyed(opened: Visit) -> None:
     assert opened.page.locator("#c0-global-3 .legendtext", has_text=EVIL).count() == 1
 
 
-def test_dark_and_light_follow_the_reader(browser: Browser, file: Path) -> None:
+def test_dark_and_light_follow_the_reader(browser: Browser, small: Path) -> None:
     def inks(seen: Visit) -> tuple[str, str]:
         """The colour of the words and of a plot's labels."""
         found: list[str] = seen.page.evaluate(
@@ -143,7 +151,7 @@ def test_dark_and_light_follow_the_reader(browser: Browser, file: Path) -> None:
         )
         return found[0], found[1]
 
-    with visit(browser, file, scheme="dark") as seen:
+    with visit(browser, small, scheme="dark") as seen:
         seen.settle()
         assert inks(seen) == ("rgb(232, 235, 238)", "rgb(232, 235, 238)")
         seen.page.emulate_media(color_scheme="light")
@@ -154,8 +162,8 @@ def test_dark_and_light_follow_the_reader(browser: Browser, file: Path) -> None:
         assert inks(seen) == ("rgb(29, 35, 41)", "rgb(29, 35, 41)")
 
 
-def test_a_print_is_black_on_white_and_fits_the_paper(browser: Browser, file: Path) -> None:
-    with visit(browser, file, scheme="dark") as seen:
+def test_a_print_is_black_on_white_and_fits_the_paper(browser: Browser, small: Path) -> None:
+    with visit(browser, small, scheme="dark") as seen:
         seen.settle()
         seen.page.evaluate(
             """() => window.addEventListener("beforeprint", () => {
