@@ -131,6 +131,9 @@ class Client:
     def prepare(self, address: Address, received: State) -> Job:
         """The job of one round, from what the coordinator sent and what the client kept."""
         e, name = self.experiment, self.shard.name
+        if e.privacy.mode == "record":
+            # Fail closed: without noisy steps the ledger would promise what nobody keeps.
+            raise RecipeError("privacy.mode = 'record' needs noisy steps, which are not here yet.")
         batches = training.batches_of(
             self.examples, e.train, e.seed, "batches", address.round, name
         )

@@ -258,6 +258,40 @@ def export(
     out.print(f"Wrote {target}", soft_wrap=True)
 
 
+privacy = typer.Typer(help="What a run has promised, checked.", no_args_is_help=True)
+app.add_typer(privacy, name="privacy")
+
+
+@privacy.command()
+def verify(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Recompute epsilon from a run's ledger and check its chain, signatures and rounds."""
+    from fedtune.privacy import certificate, verifying
+
+    verified = verifying.verify(folder)
+    made = certificate.of(folder, verified)
+    if as_json:
+        _print_json(made)
+        return
+    out.print(f"The ledger holds: {len(verified.lines)} lines, key {made['ledger']['public_key']}.")
+    out.print(made["statement"], soft_wrap=True)
+
+
+@privacy.command(name="report")
+def privacy_report(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Write a run's privacy certificate, privacy.md and privacy.json, into its folder."""
+    from fedtune.privacy import certificate, verifying
+
+    made = certificate.of(folder, verifying.verify(folder))
+    text = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+    (folder / "privacy.json").write_text(text, encoding="utf-8")
+    (folder / "privacy.md").write_text(certificate.markdown(made), encoding="utf-8")
+    if as_json:
+        _print_json(made)
+        return
+    out.print(certificate.markdown(made), markup=False, soft_wrap=True)
+    out.print(f"Wrote {folder / 'privacy.md'} and {folder / 'privacy.json'}", soft_wrap=True)
+
+
 def guarded(command: Callable[[], None], debug: bool) -> int:
     """Run a command; print a FedTuneError as one line and return its exit code."""
     try:

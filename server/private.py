@@ -155,9 +155,7 @@ class Charging(Guard):
         clip = clipping.clip_of(server, self.experiment.privacy)
         size = clipping.norm({group: t for group, t in state.items() if group != BOUND})
         if not size <= clip:
-            raise RejectedError(
-                "E_NORM", f"its change has norm {size:.6g}, above the clip {clip:.6g}"
-            )
+            raise RejectedError("E_NORM", "its change is larger than the clip")
         if BOUND in state and abs(float(state[BOUND][BOUND])) != 0.5:
             raise RejectedError("E_NORM", "its mark of the clip is neither -1/2 nor 1/2")
 
