@@ -88,13 +88,13 @@ def kept(model: Model, trained: Mapping[str, Parameter], count: int) -> Iterator
     names, rows = {id(p): name for name, p in trained.items()}, Rows(count)
     cores = {name: p for name, p in trained.items() if ".core." in name}
     originals = {name: p.data for name, p in cores.items()}
-    parts = []
+    parts: list[nn.Module] = []
     try:
         for _, part in _linears(model.module):
             own = {names[id(p)]: p for p in part.parameters(recurse=False) if id(p) in names}
             if own:
-                part.forward = _linear(part, rows, names)
                 parts.append(part)
+                parts[-1].forward = _linear(part, rows, names)
         for name, parameter in cores.items():
             parameter.data = originals[name].expand(count, *originals[name].shape).contiguous()
         yield rows

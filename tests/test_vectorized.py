@@ -242,9 +242,7 @@ CHANGES: dict[str, Callable[[int, Job], Job]] = {
     ),
     "core, checkpointing": lambda i, job: cored(job, i, ("blocks", "scales")),
     "blocks, noise": lambda i, job: noisy(cored(job, i, ("blocks",)), 0.02 * (i + 1)),
-    "core, noise": lambda i, job: noisy(
-        cored(job, i, ("blocks", "scales"), ""), 0.02 * (i + 1)
-    ),
+    "core, noise": lambda i, job: noisy(cored(job, i, ("blocks", "scales"), ""), 0.02 * (i + 1)),
     "scales, noise": lambda i, job: noisy(cored(job, i, ("scales",)), 0.02 * (i + 1)),
     "frozen core": lambda i, job: cored(job, i, ("scales",), "core"),
     "core, more ranks": lambda i, job: cored(wider(job, 2, i), i, ("blocks", "scales"), ""),

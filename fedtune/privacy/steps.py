@@ -89,7 +89,7 @@ class ClippedSum:
 
     def add(self, rows: Mapping[str, Tensor], chunk: Chunk) -> None:
         """Take the gradients (rows, parameters) of a chunk's rows, of every tensor."""
-        if chunk.closes and chunk.units == len(chunk.places):
+        if not self._open and chunk.closes and chunk.units == len(chunk.places):
             self._close(rows)
             return
         for name, gradients in rows.items():
