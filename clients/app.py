@@ -86,7 +86,9 @@ def _together(context: Context, everybody: Iterable[Client]) -> int:
         return wanted
     here, nodes = list(everybody), int(context.node_config["num-partitions"])
     lengths = [length for client in here for length in client.examples.lengths.tolist()]
-    return resident.together(here[0].model, here[0].experiment.train, lengths, nodes)
+    e = here[0].experiment
+    noisy = e.privacy.mode == "record"
+    return resident.together(here[0].model, e.train, lengths, nodes, noisy=noisy)
 
 
 def _told(error: Exception, context: Context) -> Exception:

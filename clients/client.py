@@ -10,10 +10,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clients import personal
+from clients import budget, personal, sampled
 from clients.policy import OPEN, Policy
 from clients.rows import Rows
-from fedtune import attacks, models, parts, shards, training
+from fedtune import attacks, models, parts, per_example, shards, training
 from fedtune.adapter import State
 from fedtune.attacks import Attack
 from fedtune.config import DataSettings, Experiment, ModelSettings
@@ -22,6 +22,7 @@ from fedtune.heads import HeadRule
 from fedtune.models import Model
 from fedtune.privacy import clipping, mechanism, noise
 from fedtune.privacy.ledger import KEY
+from fedtune.privacy.mechanism import Mechanism
 from fedtune.shards import Shard
 from fedtune.strategies.strategy import Plan, Turn
 from fedtune.tasks.task import Example, Task
@@ -111,9 +112,12 @@ class Client:
         """Encode every row now, so that a faulty one is told before the first round.
 
         Raises:
-            RecipeError: a row does not fit the task; its number is in the message.
+            RecipeError: a row does not fit the task, its number being in the message; or the rows
+                or the model do not fit what is promised to them.
         """
         _ = self.examples, self.tests
+        if self._promised():
+            per_example.require(self.model)
 
     def _turn(self, address: Address, received: State) -> Turn:
         kept = personal.load(self.state, address.last_round)
@@ -122,17 +126,38 @@ class Client:
     def prepare(self, address: Address, received: State) -> Job:
         """The job of one round, from what the coordinator sent and what the client kept."""
         e, name = self.experiment, self.shard.name
-        if e.privacy.mode == "record":
-            # Fail closed: without noisy steps the ledger would promise what nobody keeps.
-            raise RecipeError("privacy.mode = 'record' needs noisy steps, which are not here yet.")
-        batches = training.batches_of(
-            self.examples, e.train, e.seed, "batches", address.round, name
+        promised = self._promised()
+        batches = (
+            []
+            if promised
+            else training.batches_of(self.examples, e.train, e.seed, "batches", address.round, name)
         )
-        rates = training.rates_of(len(batches), address.round, e.rounds, e.train)
+        steps = promised.steps if promised else len(batches)
+        rates = training.rates_of(steps, address.round, e.rounds, e.train)
         turn = replace(self._turn(address, received), rates_sum=sum(rates))
         plan = _ordered(self._with_head(turn, self.parts.strategy.plan(turn)))
-        seed = training.dropout_seed(e.seed, address.round, name)
-        return Job(address, turn, plan, Work(batches, rates, seed))
+        if promised:
+            work = self._sampled(address, plan, rates, promised)
+        else:
+            seed = training.dropout_seed(e.seed, address.round, name)
+            work = Work(batches, rates, seed)
+        return Job(address, turn, plan, work)
+
+    def _promised(self) -> Mechanism | None:
+        """What the recipe promises to single records of this client, None for nothing."""
+        e = self.experiment
+        return mechanism.record(e, self.units) if e.privacy.mode == "record" else None
+
+    def _sampled(
+        self, address: Address, plan: Plan, rates: Sequence[float], promised: Mechanism
+    ) -> Work:
+        """The noisy steps of a round, charged to this client's own ledger."""
+        settings, key = self.experiment.privacy, noise.load_key(self.state / KEY)
+        units = self.rows.units(self.number, self.model, settings.unit)
+        own = (address, plan, rates, self.examples, units, settings.unit_rows, promised)
+        inputs = sampled.inputs_hash(*own)
+        budget.charge(self.state, key, promised, address, inputs, solved=not settings.noise)
+        return sampled.work(*own, key, inputs)
 
     def _with_head(self, turn: Turn, plan: Plan) -> Plan:
         rule = HeadRule.of(self.parts.task, self.parts.strategy)

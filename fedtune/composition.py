@@ -185,6 +185,13 @@ def _privacy(e: Experiment, parts: Parts) -> Iterator[str]:
             f"privacy.clip_quantile = {p.clip_quantile} needs privacy.mode = 'client', not "
             f"'{p.mode}'. Set it to 0.0, or privacy.mode = 'client'."
         )
+    if p.unit_rows and not p.unit:
+        yield (
+            f"privacy.unit_rows = {p.unit_rows} bounds the rows of one unit, but privacy.unit = "
+            "'': every row is one. Set it to 0, or privacy.unit to a column."
+        )
+    if p.mode == "record":
+        yield from _record(e)
     if p.mode not in ("client", "local"):
         return
     if e.weighting != "uniform":
@@ -215,4 +222,19 @@ def _privacy(e: Experiment, parts: Parts) -> Iterator[str]:
             f"{mode} does not go with strategy = '{e.strategy}': what it sends beside the change "
             "would pass without noise. Set privacy.mode = 'record', or a strategy such as "
             "'ffa_lora' or 'fedsvd'."
+        )
+
+
+def _record(e: Experiment) -> Iterator[str]:
+    mode = "privacy.mode = 'record'"
+    if e.adapter.dora:
+        yield (
+            f"adapter.dora = true does not go with {mode}: the norm of the merged weights is no "
+            "linear layer's, and what one record does to it cannot be told. Set adapter.dora = "
+            "false."
+        )
+    if e.train.group_by_length:
+        yield (
+            f"train.group_by_length = true does not go with {mode}, which draws every record by "
+            "itself: a batch by length would tell who was drawn. Set train.group_by_length = false."
         )

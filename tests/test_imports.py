@@ -16,6 +16,7 @@ LAYERS = [
     {"privacy"},
     {"aggregation", "prefix", "shards", "tokens"},
     {"adapted", "attacks", "bases", "composition", "heads", "models", "wire", "parts"},
+    {"per_example"},
     {"products", "training", "trunk", "report"},
     {"resident", "stacked", "exporting", "planning", "progress", "tables"}
     | {"page", "page_style", "page_template", "pages"},
