@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedtune.cohorts import COHORTS, Cohort
-from fedtune.combine import COMBINES, Combine
+from fedtune.combine import COMBINES, Combine, Mean
 from fedtune.components import build, nearest
 from fedtune.config import Experiment
 from fedtune.data import SOURCES
 from fedtune.errors import RecipeError
 from fedtune.partitions import PARTITIONS
+from fedtune.privacy.aggregation import AGGREGATIONS, Aggregation
 from fedtune.strategies import STRATEGIES, Strategy
 from fedtune.tasks import TASKS, Task
 
@@ -25,6 +26,7 @@ REGISTRIES: dict[str, Mapping[str, type]] = {
     "data.partition": PARTITIONS,
     "cohort": COHORTS,
     "combine": COMBINES,
+    "secure_aggregation": AGGREGATIONS,
 }
 
 
@@ -36,6 +38,7 @@ class Parts:
     strategy: Strategy
     combine: Combine
     cohort: Cohort
+    aggregation: Aggregation
 
 
 def resolve(experiment: Experiment) -> Parts:
@@ -51,8 +54,11 @@ def resolve(experiment: Experiment) -> Parts:
         strategy=build(experiment.strategy, STRATEGIES, "strategy"),
         combine=build(experiment.combine, COMBINES, "combine"),
         cohort=build(experiment.cohort, COHORTS, "cohort"),
+        aggregation=build(experiment.secure_aggregation, AGGREGATIONS, "secure_aggregation"),
     )
     parts.strategy.check(experiment)
+    if parts.aggregation.masks:
+        _check_masked(experiment, parts)
     if experiment.adapter.ranks and not parts.strategy.mixed_ranks:
         able = ", ".join(sorted(name for name, kind in STRATEGIES.items() if kind.mixed_ranks))
         raise RecipeError(
@@ -84,6 +90,24 @@ def resolve(experiment: Experiment) -> Parts:
     return parts
 
 
+def _check_masked(experiment: Experiment, parts: Parts) -> None:
+    """Refuse what needs more than the sum of updates."""
+    masked = f"secure_aggregation = '{experiment.secure_aggregation}' shows the sum of updates only"
+    if not parts.strategy.sums_only or parts.strategy.pools:
+        able = ", ".join(
+            sorted(name for name, kind in STRATEGIES.items() if kind.sums_only and not kind.pools)
+        )
+        raise RecipeError(
+            f"{masked}, but strategy = '{experiment.strategy}' needs each client's. Set it to "
+            f"'none', or take one of {able}."
+        )
+    if not isinstance(parts.combine, Mean):
+        raise RecipeError(
+            f"{masked}, but combine = '{experiment.combine}' compares clients. Set combine = "
+            "'mean', or secure_aggregation = 'none'."
+        )
+
+
 def reference_names(experiment: Experiment) -> list[str]:
     """The strategies that run beside the recipe's own, [] for none."""
     if experiment.references == "none":
@@ -99,7 +123,9 @@ def reference(experiment: Experiment, name: str) -> Experiment:
     """
     if name in STRATEGIES and STRATEGIES[name].pools:
         experiment = experiment.replace(
-            coordinator__minimum_clients=1, coordinator__minimum_replies=1
+            coordinator__minimum_clients=1,
+            coordinator__minimum_replies=1,
+            secure_aggregation="none",
         )
     return experiment.replace(
         strategy=name,

@@ -13,6 +13,7 @@ LAYERS = [
     {"combine", "corpus", "docstrings", "files"},
     {"dealing"},
     {"cohorts", "data", "partitions", "strategies", "tasks"},
+    {"privacy"},
     {"prefix", "shards", "tokens"},
     {"adapted", "bases", "heads", "models", "wire", "parts"},
     {"products", "training", "trunk", "report"},

@@ -1,0 +1,1 @@
+"""What keeps clients' data to themselves beyond sending adapters only."""
