@@ -19,6 +19,9 @@ from fedtune.config import DataSettings, Experiment, ModelSettings
 from fedtune.errors import RecipeError
 from fedtune.heads import HeadRule
 from fedtune.models import Model
+from fedtune.privacy import identity
+from fedtune.privacy.aggregation import config_digest
+from fedtune.privacy.identity import Identity
 from fedtune.shards import Shard
 from fedtune.strategies.strategy import Plan, Turn
 from fedtune.tasks.task import Task
@@ -63,6 +66,7 @@ class Client:
         number: of its own shard among them, None for all.
         policy: what it lets out.
         everybody: in a simulation, the client that would hold the rows of all.
+        identity: its key and roster, where updates are masked.
     """
 
     experiment: Experiment
@@ -73,6 +77,7 @@ class Client:
     number: int | None
     policy: Policy = OPEN
     everybody: "Client | None" = None
+    identity: Identity | None = None
 
     @functools.cached_property
     def parts(self) -> parts.Parts:
@@ -191,8 +196,12 @@ def simulated(experiment: Experiment) -> dict[str, Client]:
     everybody = Client(e, everything, labels, root / everything.name, rows, None)
     if resolved.strategy.pools:
         return {everything.name: everybody}
+    names = [shard.name for shard in rows.shards] if resolved.aggregation.masks else []
+    keys = identity.simulated(config_digest(e), names)
     return {
-        shard.name: Client(e, shard, labels, root / shard.name, rows, number, OPEN, everybody)
+        shard.name: Client(
+            e, shard, labels, root / shard.name, rows, number, OPEN, everybody, keys.get(shard.name)
+        )
         for number, shard in enumerate(rows.shards)
     }
 
@@ -221,7 +230,8 @@ def institution(
         config: the node-config, sorted.
 
     Raises:
-        RecipeError: the node-config or its file is wrong, or the recipe asks for pooled rows.
+        RecipeError: the node-config or its file is wrong, or the recipe asks for pooled rows or for
+            updates in clear where the node-config names a roster.
     """
     node = dict(config)
     policy = Policy.of(node)
@@ -231,6 +241,16 @@ def institution(
             f"strategy '{experiment.strategy}' pools rows; at an institution they stay."
         )
     name = str(node["client"])
+    key = policy.identity(name)
+    if resolved.aggregation.masks != bool(key):
+        raise RecipeError(
+            "This institution has a roster and lets out masked updates only. Set "
+            "secure_aggregation = 'masked'."
+            if key
+            else f"secure_aggregation = '{experiment.secure_aggregation}' needs the client's own "
+            'key and the roster of all: --node-config \'... identity="/keys/north.key" '
+            'roster="/keys/roster.toml"\'.'
+        )
     data, seed = experiment.data, experiment.seed
     shard = shards.institution(
         name, str(node["shard"]), str(node.get("test", "")) or None, data, seed
@@ -238,4 +258,5 @@ def institution(
     labels = resolved.task.labels(None)
     root = Path(str(node.get("state", Path.home() / ".fedtune"))) / name / run_id
     rows = Rows((shard,), resolved.task, experiment.model)
-    return Client(experiment, shard, labels, root / experiment.strategy, rows, 0, policy)
+    folder = root / experiment.strategy
+    return Client(experiment, shard, labels, folder, rows, 0, policy, identity=key)

@@ -158,7 +158,7 @@ def fault_of(content: RecordDict) -> str | None:
 
 
 def size(content: RecordDict) -> int:
-    """Bytes of all arrays in a message as they are serialised, npy headers included, and letters."""
+    """Bytes of a message's letter and of all its arrays, serialised, npy headers included."""
     arrays = (
         array
         for record in content.values()

@@ -18,13 +18,14 @@ from flwr.serverapp import Grid
 from fedtune import adapter, models, parts, wire
 from fedtune.adapter import Adapter, State
 from fedtune.config import Experiment
-from fedtune.errors import RunError
+from fedtune.errors import RecipeError, RunError
 from fedtune.heads import HeadRule
 from fedtune.models import Model
+from fedtune.privacy.aggregation import Masked, config_digest
 from fedtune.records import Rejection, RoundRecord, Sums
 from fedtune.strategies.strategy import ClientInfo, Update
 from fedtune.wire import Address, RejectedError
-from server import checkpoint, exchange, journal, roster
+from server import checkpoint, exchange, journal, roster, secure_aggregation
 from server.checkpoint import Checkpoint
 from server.roster import Roster
 
@@ -79,6 +80,7 @@ class Coordinator:
         for reason in self.roster.refusals:
             log.warning("a node does not take part: %s", reason)
         roster.require_quorum(self.roster, self.parts.cohort, e.coordinator)
+        self._require_masks()
         self._say("roster", f"{len(self.roster.members)} clients", rounds=e.rounds)
         self.metrics = self.parts.task.metrics(self.roster.labels)
         with RESIDENT:
@@ -90,6 +92,20 @@ class Coordinator:
         for round in range(start.round + 1, e.rounds + 1):
             server = self._round(server, round)
         self._finish(server)
+
+    def _require_masks(self) -> None:
+        """Refuse cohorts that could not be masked, before the first round is trained."""
+        settings, e = self.parts.aggregation, self.experiment
+        if not isinstance(settings, Masked):
+            return
+        names = list(self.roster.members)
+        draws = [self.parts.cohort.draw(names, n, e.seed) for n in range(1, e.rounds + 1)]
+        reason = secure_aggregation.obstacle(draws, settings, e.weighting)
+        if reason:
+            raise RecipeError(
+                f"secure_aggregation = '{e.secure_aggregation}' with cohort = '{e.cohort}': "
+                f"{reason}. Ask more clients, or set secure_aggregation = 'none'."
+            )
 
     def _model(self) -> Model:
         e = self.experiment
@@ -117,17 +133,18 @@ class Coordinator:
         self._say("round", f"round {round}", round=round, cohort=names)
         updates = self._collect(server, names, round, tally)
         needed = self.experiment.coordinator.minimum_replies
-        if names and len(updates) < needed:
+        accepted = [name for update in updates for name in update.clients]
+        if names and len(accepted) < needed:
             reasons = "; ".join(f"{r.client}: {r.reason.rstrip('.')}" for r in tally.rejected)
             raise RunError(
-                f"Round {round}: {len(updates)} of {len(names)} replies were accepted, {needed} "
+                f"Round {round}: {len(accepted)} of {len(names)} replies were accepted, {needed} "
                 f"are needed (coordinator.minimum_replies). {reasons}. Nothing of this round was "
                 "kept; run the same command again to repeat it."
             )
         after = self._aggregate(server, updates, round) if updates else server
         moved = adapter.norm(adapter.subtract(after["adapter"], server["adapter"]))
-        for update in updates:
-            self.last_rounds[update.client] = round
+        for name in accepted:
+            self.last_rounds[name] = round
         last, every = round == self.experiment.rounds, self.experiment.evaluation.every
         evaluation = self._evaluate(after, round, tally) if last or round % every == 0 else {}
         self._commit(after, round, names, began, tally, evaluation, moved)
@@ -207,7 +224,9 @@ class Coordinator:
     def _collect(
         self, server: State, names: Sequence[str], round: int, tally: Tally
     ) -> list[Update]:
-        """Accepted updates, sorted by client name."""
+        """Accepted updates, sorted by client name; one for all where they are masked."""
+        if isinstance(self.parts.aggregation, Masked):
+            return self._collect_masked(self.parts.aggregation, server, names, round, tally)
         strategy, updates = self.parts.strategy, []
         # Each reply is decoded as it comes, so that its bytes need not stay beside its tensors.
         for name, address, content in self._ask("train", server, names, round, tally):
@@ -229,6 +248,56 @@ class Coordinator:
         tally.train = dict(sorted(tally.train.items()))
         tally.rejected.sort(key=lambda rejection: rejection.client)
         return sorted(updates, key=lambda update: update.client)
+
+    def _collect_masked(
+        self, settings: Masked, server: State, names: Sequence[str], round: int, tally: Tally
+    ) -> list[Update]:
+        """The mean of the clients that stayed, as one update."""
+        if not names:
+            return []
+
+        def moved(down: int, up: int) -> None:
+            tally.bytes_down += down
+            tally.bytes_up += up
+
+        # Masks cancel between clients that were sent the same: each is sent what a new one needs.
+        new, last = ClientInfo("", 0), self.last_rounds
+        sent = self.parts.strategy.broadcast(server, new, round)
+        schema = self.parts.strategy.payload(self.initial["adapter"], new, round)
+        if "head" in server:
+            sent = {**sent, "head": server["head"]}
+        if self.head.shared and "head" in self.initial:
+            schema = {**schema, "head": self.initial["head"]}
+        e = self.experiment
+        asked = secure_aggregation.Asked(
+            run=f"{self.run_id}/{self.arm}",
+            round=round,
+            addresses={
+                name: Address(self.run_id, self.arm, round, name, last.get(name, 0))
+                for name in sorted(names)
+            },
+            broadcast=sent,
+            schema=schema,
+            metrics={name: length for name, length in self.metrics.items() if length == 2},
+            work={
+                name: 1.0 if e.train.steps else self.roster.rows(name, "train") for name in names
+            },
+            config=config_digest(e),
+            settings=settings,
+            weighting=e.weighting,
+        )
+        legs = secure_aggregation.Legs(
+            self.grid,
+            self.roster,
+            e.coordinator.timeout_seconds,
+            moved,
+            lambda rejection: self._reject(tally, rejection),
+        )
+        active, totals = secure_aggregation.collect(asked, legs, self.folder / "secure")
+        tally.train = {f"sum of {len(active)}": totals.metrics}
+        tally.tokens = totals.tokens
+        tally.rejected.sort(key=lambda rejection: rejection.client)
+        return [Update("", float(totals.weight), totals.mean, active)]
 
     def _evaluate(self, server: State, round: int, tally: Tally) -> dict[str, dict[str, Sums]]:
         """Metrics on own test rows, and for personal models in the last round on pooled ones."""

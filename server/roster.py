@@ -27,10 +27,12 @@ class Member:
     Attributes:
         name: its name.
         node: the node that hosts it.
-        examples: its training rows.
+        examples: its training rows, 0 where it withholds them.
         test_examples: its test rows.
         mix: its training rows a label, None where it withholds them or there are no labels.
         labels: the classes that its rows are encoded with.
+        identity: its public key where updates are masked, in hexadecimal digits.
+        manifest: the digest of its roster, likewise.
     """
 
     name: str
@@ -39,6 +41,8 @@ class Member:
     test_examples: int
     mix: dict[str, int] | None
     labels: tuple[str, ...]
+    identity: str = ""
+    manifest: str = ""
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Roster:
         clients = [
             {
                 "name": member.name,
-                "examples": member.examples,
+                "examples": member.examples or None,
                 "test_examples": member.test_examples,
                 "mix": member.mix,
             }
@@ -155,6 +159,8 @@ def _enter(members: dict[str, Member], wanted: dict[int, int], node: int, reply:
             int(about["test_examples"]),
             about["mix"],
             tuple(about["labels"]),
+            bytes.fromhex(str(about.get("identity", ""))).hex(),
+            bytes.fromhex(str(about.get("manifest", ""))).hex(),
         )
     nodes = int(str(record["nodes"]))
     if nodes:

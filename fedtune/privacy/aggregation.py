@@ -1,9 +1,12 @@
 """Whether the coordinator sees each client's update or their sum only: a recipe's choice."""
 
+import json
 import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+from fedtune.config import Experiment
+from fedtune.privacy.letters import digest
 from fedtune.privacy.ring import Grid
 
 
@@ -33,7 +36,7 @@ class Masked(Aggregation):
     masks: ClassVar[bool] = True
     threshold: float = 0.67
     clip: float = 0.0
-    bound: float = 8.0
+    bound: float = 2.0
     cap: int = 10_000
 
     def __post_init__(self) -> None:
@@ -62,3 +65,8 @@ class Masked(Aggregation):
 
 
 AGGREGATIONS: dict[str, type[Aggregation]] = {"none": Open, "masked": Masked}
+
+
+def config_digest(experiment: Experiment) -> bytes:
+    """Equal where everything that decides a run's bytes is."""
+    return digest(json.dumps(experiment.identity(), sort_keys=True).encode())

@@ -124,12 +124,10 @@ class Identity:
         return identity
 
 
-def simulated(run: str, names: Iterable[str]) -> dict[str, Identity]:
-    """Identities of a simulation, where there is nobody to protect: made of the run's name."""
+def simulated(config: bytes, names: Iterable[str]) -> dict[str, Identity]:
+    """Identities of a simulation, where there is nobody to protect: made of the recipe's digest."""
     keys = {
-        name: Ed25519PrivateKey.from_private_bytes(
-            digest(b"simulated", run.encode(), name.encode())
-        )
+        name: Ed25519PrivateKey.from_private_bytes(digest(b"simulated", config, name.encode()))
         for name in sorted(names)
     }
     manifest = Manifest({name: key.public_key().public_bytes_raw() for name, key in keys.items()})

@@ -8,6 +8,7 @@ believed before its types are right, and nothing a client wrote before its signa
 import base64
 import binascii
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Sequence
@@ -225,6 +226,11 @@ def _fields(value: Any) -> Sequence["dataclasses.Field[Any]"]:
     return dataclasses.fields(value)
 
 
+@functools.cache
+def _types_of(kind: type) -> dict[str, Any]:
+    return get_type_hints(kind)
+
+
 def _typed(kind: Any, value: Any, where: str) -> Any:
     """The JSON value as `kind`, whose parts are checked one by one."""
     wrong = RefusedError("E_SCHEMA", f"{where} is not as it must be")
@@ -243,7 +249,7 @@ def _typed(kind: Any, value: Any, where: str) -> Any:
     if origin is dict and isinstance(value, dict):
         return {key: _typed(arguments[1], item, where) for key, item in value.items()}
     if isinstance(kind, type) and dataclasses.is_dataclass(kind) and isinstance(value, dict):
-        types = get_type_hints(kind)
+        types = _types_of(kind)
         if value.keys() != types.keys():
             raise wrong
         return kind(**{key: _typed(types[key], value[key], key) for key in types})

@@ -245,7 +245,8 @@ def masking(rules: Rules, kept: Dealt, letter: Delivery, broadcast: bytes) -> tu
     )
     head = Masked(session, own, tuple(sorted(opened)), broadcast, b"")
     waiting = Waiting(session, kept.opening.threshold, dict(sorted(opened.items())))
-    return waiting, Mask(head, kept.opening.layout, kept.seed, pairs)
+    mask = Mask(head, len(kept.opening.cohort), kept.opening.layout, kept.seed, pairs)
+    return waiting, mask
 
 
 def sign(rules: Rules, kept: Waiting, letter: Survivors) -> tuple[Committed, Signed]:

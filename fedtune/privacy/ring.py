@@ -169,9 +169,12 @@ def encoded(
             "E_SCHEMA", "the update has other tensors or metrics than were asked for"
         )
     delta, within = clipped(_flat(given.state, layout), grid.clip)
-    if delta.size and (largest := float(np.abs(delta).max())) > grid.bound:
+    if delta.size and float(np.abs(delta).max()) > grid.bound:
+        # How large it is would tell something of the update.
         raise RefusedError(
-            "E_RANGE", f"a coordinate of {largest:g} is above the bound of {grid.bound:g}"
+            "E_RANGE",
+            f"a coordinate is above bound = {grid.bound:g} of secure_aggregation; raise it, or "
+            "lower the learning rate",
         )
     if not 1 <= given.weight <= grid.cap:
         raise RefusedError("E_RANGE", f"the weight is not between 1 and {grid.cap}")

@@ -109,6 +109,7 @@ class Mask:
     """Everything that hides one vector; it is never stored."""
 
     head: Masked
+    cohort: int  # clients in U0
     layout: bytes  # digest of what the words must stand for
     own: bytes
     pairs: tuple[tuple[bytes, int], ...]  # seed and sign
