@@ -1,4 +1,4 @@
-# make quickstart | test | check | bench: each sets up what it needs and is quick when nothing changed.
+# make quickstart | test | check | bench | replay: each sets up what it needs and is quick when nothing changed.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -10,7 +10,7 @@ export FLWR_DISABLE_UPDATE_CHECK = 1
 export RAY_USAGE_STATS_ENABLED = 0
 export OMP_NUM_THREADS = 1
 
-.PHONY: quickstart test slow check bench format clean
+.PHONY: quickstart test slow check bench replay format clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/fedtune run experiments/quickstart.toml --resume
@@ -30,6 +30,10 @@ check: $(VENV)/.developed
 # BENCH="--only fixed --repeat 3" chooses; see experiments/benchmarks/README.md.
 bench: $(VENV)/.benchmarked
 	$(BIN)/python experiments/benchmarks/throughput.py $(BENCH)
+
+# One round's updates through every strategy's aggregate; REPLAY="--clients 3,10" chooses.
+replay: $(VENV)/.benchmarked
+	$(BIN)/python experiments/benchmarks/replay.py $(REPLAY)
 
 format: $(VENV)/.developed
 	$(BIN)/ruff format .

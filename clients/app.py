@@ -231,8 +231,14 @@ def _say_once(run: str, reason: str) -> None:
 
 def _evaluated(turns: Sequence[tuple[Client, Address, Trial]]) -> Sequence[Sums]:
     first, trials = turns[0][0], [trial for _, _, trial in turns]
+    model, task, attack = first.model, first.parts.task, first.parts.attack
     size = first.experiment.evaluation.batch_size
-    return vectorized.evaluate(first.model, first.parts.task, trials, size)
+    measured = vectorized.evaluate(model, task, trials, size)
+    if not attack.metrics:
+        return measured
+    aimed = [(plan, client.triggered(address)) for client, address, (plan, _) in turns]
+    hit = vectorized.evaluate(model, task, aimed, size)
+    return [{**own, **attack.measured(sums)} for own, sums in zip(measured, hit, strict=True)]
 
 
 def _bundled(

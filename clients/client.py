@@ -13,18 +13,19 @@ from pathlib import Path
 from clients import personal
 from clients.policy import OPEN, Policy
 from clients.rows import Rows
-from fedtune import models, parts, shards, training
+from fedtune import attacks, models, parts, shards, training
 from fedtune.adapter import State
+from fedtune.attacks import Attack
 from fedtune.config import DataSettings, Experiment, ModelSettings
 from fedtune.errors import RecipeError
 from fedtune.heads import HeadRule
 from fedtune.models import Model
 from fedtune.privacy import identity
-from fedtune.privacy.aggregation import config_digest
 from fedtune.privacy.identity import Identity
+from fedtune.privacy.secure import config_digest
 from fedtune.shards import Shard
 from fedtune.strategies.strategy import Plan, Turn
-from fedtune.tasks.task import Task
+from fedtune.tasks.task import Example, Task
 from fedtune.tokens import Examples
 from fedtune.training import Trained, Work
 from fedtune.wire import Address
@@ -66,6 +67,8 @@ class Client:
         number: of its own shard among them, None for all.
         policy: what it lets out.
         everybody: in a simulation, the client that would hold the rows of all.
+        malicious: in a simulation, whether it does what the recipe's attack says.
+        triggers: the test rows of all that show an attack's success, None for none.
         identity: its key and roster, where updates are masked.
     """
 
@@ -77,6 +80,8 @@ class Client:
     number: int | None
     policy: Policy = OPEN
     everybody: "Client | None" = None
+    malicious: bool = False
+    triggers: Rows | None = None
     identity: Identity | None = None
 
     @functools.cached_property
@@ -140,6 +145,9 @@ class Client:
     def finish(self, job: Job, trained: State) -> State:
         """What is sent; what the client keeps is saved."""
         rule = HeadRule.of(self.parts.task, self.parts.strategy)
+        if self.malicious:
+            key = (self.experiment.seed, job.address.round, self.shard.name)
+            trained = self.parts.attack.trained(job.plan.start, trained, key)
         sent, kept = self.parts.strategy.reply(job.turn, job.plan, trained)
         head, own_head = rule.reply(job.plan.start.get("head", {}), trained.get("head", {}))
         personal.save(self.state, job.address.round, {**kept, **own_head})
@@ -158,6 +166,13 @@ class Client:
             raise RecipeError("Test rows never leave an institution; nothing can be pooled.")
         return plan, self.everybody.tests
 
+    def triggered(self, address: Address) -> Sequence[Example]:
+        """The test rows that show an attack's success, of the same scope as a trial's."""
+        if self.triggers is None:
+            return []
+        number = self.number if address.scope != "pooled" else None
+        return self.triggers.examples("test", number, self.model)
+
     def samples(self, plan: Plan) -> list[tuple[str, str, str]]:
         """(prompt, generated answer, reference) of its first test rows, with the plan's model."""
         count = self.experiment.evaluation.samples
@@ -175,10 +190,22 @@ def _held(data: DataSettings, seed: int) -> tuple[Shard, ...]:
     return tuple(shards.load(data, seed))
 
 
-@functools.lru_cache(maxsize=1)
-def _rows(data: DataSettings, seed: int, task: Task, model: ModelSettings) -> Rows:
-    """One object for all arms of a run; task and model decide how rows are encoded."""
-    return Rows(_held(data, seed), task, model)
+@functools.lru_cache(maxsize=2)  # arms without anything to attack have honest rows
+def _rows(
+    data: DataSettings, seed: int, task: Task, model: ModelSettings, attack: Attack
+) -> tuple[Rows, Rows | None]:
+    """One object for all arms of a run; task and model decide how rows are encoded.
+
+    The second has the test rows that show the attack's success.
+    """
+    held = _held(data, seed)
+    if not attack.count:
+        return Rows(held, task, model), None
+    labels = task.labels(shards.pooled(held).train)
+    rows = Rows(attacks.poisoned(attack, held, task, labels, seed), task, model)
+    if not attack.metrics:
+        return rows, None
+    return rows, Rows(attacks.triggered(attack, held, task, labels), task, model)
 
 
 @functools.lru_cache(maxsize=16)  # arms of a run, which take turns
@@ -189,20 +216,31 @@ def simulated(experiment: Experiment) -> dict[str, Client]:
         RecipeError: the rows or their partition are not as the recipe says.
     """
     e, resolved = experiment, parts.resolve(experiment)
-    rows = _rows(e.data, e.seed, resolved.task, e.model)
-    everything = shards.pooled(rows.shards)
+    held, attack = _held(e.data, e.seed), resolved.attack
+    rows, triggers = _rows(e.data, e.seed, resolved.task, e.model, attack)
+    everything = shards.pooled(held)
+    malicious = attack.malicious([shard.name for shard in held])
     labels = resolved.task.labels(everything.train)
     root = parts.folder_of(e) / "clients"
     everybody = Client(e, everything, labels, root / everything.name, rows, None)
     if resolved.strategy.pools:
         return {everything.name: everybody}
-    names = [shard.name for shard in rows.shards] if resolved.aggregation.masks else []
+    names = [shard.name for shard in held] if resolved.secure.masks else []
     keys = identity.simulated(config_digest(e), names)
     return {
         shard.name: Client(
-            e, shard, labels, root / shard.name, rows, number, OPEN, everybody, keys.get(shard.name)
+            experiment=e,
+            shard=shard,
+            labels=labels,
+            state=root / shard.name,
+            rows=rows,
+            number=number,
+            everybody=everybody,
+            malicious=shard.name in malicious,
+            triggers=triggers,
+            identity=keys.get(shard.name),
         )
-        for number, shard in enumerate(rows.shards)
+        for number, shard in enumerate(held)
     }
 
 
@@ -240,9 +278,14 @@ def institution(
         raise RecipeError(
             f"strategy '{experiment.strategy}' pools rows; at an institution they stay."
         )
+    if resolved.attack.count:
+        raise RecipeError(
+            f"attack = '{experiment.attack}' is for simulations; an institution takes no part in "
+            "it. Set attack = 'none'."
+        )
     name = str(node["client"])
     key = policy.identity(name)
-    if resolved.aggregation.masks != bool(key):
+    if resolved.secure.masks != bool(key):
         raise RecipeError(
             "This institution has a roster and lets out masked updates only. Set "
             "secure_aggregation = 'masked'."

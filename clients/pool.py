@@ -7,18 +7,16 @@ A worker that dies answers its message with an error and is replaced. Results do
 which worker answers, or when.
 """
 
-import contextlib
 import gc
 import itertools
 import logging
 import logging.handlers
 import multiprocessing
-import os
 import queue
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
 from multiprocessing.connection import Connection
@@ -41,6 +39,7 @@ from clients.local import (
 )
 from fedtune import allocator
 from fedtune.errors import RunError
+from fedtune.processes import end_with_parent, how, log_to, visible
 
 LAST = sys.maxsize
 Pipe: TypeAlias = "Connection[object, object]"
@@ -80,15 +79,6 @@ class _Task:
     number: int
     message: Message | None = field(compare=False)
     replies: Replies = field(compare=False)
-
-
-def can_fork(threads: int) -> bool:
-    """Whether a forked worker can compute.
-
-    A fork of a process that has seen CUDA can use neither it nor autograd. OpenMP's threads do not
-    survive a fork: a worker that wants several of them waits forever.
-    """
-    return sys.platform == "linux" and threads == 1 and not torch.cuda.is_available()
 
 
 class Pool:
@@ -156,7 +146,7 @@ class Pool:
         context = multiprocessing.get_context("fork" if self._fork else "spawn")
         ours, theirs = context.Pipe()
         process = context.Process(target=_work, args=(self.job, theirs), daemon=True)  # type: ignore[attr-defined]
-        with _visible(self.job.devices, number):
+        with visible(self.job.devices, number):
             process.start()
         theirs.close()
         return process, ours
@@ -182,7 +172,7 @@ class Pool:
             if not self.closed:
                 process.join()
                 self._workers[number] = self._started(number)
-        return failed(message, f"RunError: a worker process ended {_how(process.exitcode)}")
+        return failed(message, f"RunError: a worker process ended {how(process.exitcode)}")
 
     def _log(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
@@ -194,60 +184,10 @@ class Pool:
         logging.getLogger(record.name).handle(record)
 
 
-def _how(code: int | None) -> str:
-    if code is None or code >= 0:
-        return f"with exit code {code}"
-    name = signal.Signals(-code).name
-    return f"by {name}" + (", perhaps for want of memory" if name == "SIGKILL" else "")
-
-
-@contextlib.contextmanager
-def _visible(devices: Sequence[str], number: int) -> Iterator[None]:
-    """Show CUDA one of the devices to a process that is started meanwhile."""
-    key, before = "CUDA_VISIBLE_DEVICES", os.environ.get("CUDA_VISIBLE_DEVICES")
-    if devices:
-        os.environ[key] = devices[number % len(devices)]
-    try:
-        yield
-    finally:
-        if devices:
-            os.environ.pop(key)
-            os.environ.update({} if before is None else {key: before})
-
-
-class _ToParent(logging.handlers.QueueHandler):
-    """Sends log records through the pipe."""
-
-    def __init__(self, send: Callable[[object], None]) -> None:
-        super().__init__(queue.SimpleQueue())
-        self.send = send
-
-    def enqueue(self, record: logging.LogRecord) -> None:
-        self.send(record)
-
-
-def _log_to(send: Callable[[object], None], level: int) -> None:
-    """Leave the parent's handlers alone, and the console with them."""
-    loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
-    for logger in [logging.root, *loggers]:
-        logger.handlers.clear()
-        logger.propagate = True
-    logging.root.addHandler(_ToParent(send))
-    logging.captureWarnings(True)
-    logging.getLogger("fedtune").setLevel(level)
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
-
-
 def _work(job: Job, pipe: Pipe) -> None:
     """A worker: answers messages until it is killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     gc.freeze()  # a collection would copy every page that is shared with the parent
     sending = threading.Lock()
 
@@ -255,7 +195,7 @@ def _work(job: Job, pipe: Pipe) -> None:
         with sending:
             pipe.send(item)
 
-    _log_to(send, job.level)
+    log_to(send, job.level)
     identify()
     allocator.keep_pages()
     torch.set_num_threads(job.threads)

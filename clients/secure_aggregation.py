@@ -21,7 +21,6 @@ from fedtune import adapter
 from fedtune.adapter import State
 from fedtune.errors import RecipeError, RunError
 from fedtune.privacy import protocol, ring
-from fedtune.privacy.aggregation import Masked, config_digest
 from fedtune.privacy.letters import (
     Delivery,
     Entries,
@@ -37,6 +36,7 @@ from fedtune.privacy.letters import (
 )
 from fedtune.privacy.masks import Words, keystream
 from fedtune.privacy.ring import Contribution, Layout
+from fedtune.privacy.secure import Masked, config_digest
 from fedtune.privacy.stages import (
     Committed,
     Dealt,
@@ -223,7 +223,7 @@ def desk_of(client: Client, run: str) -> Desk:
     Raises:
         RecipeError: the recipe does not mask.
     """
-    e, settings = client.experiment, client.parts.aggregation
+    e, settings = client.experiment, client.parts.secure
     if client.identity is None or not isinstance(settings, Masked):
         raise RecipeError(
             f"secure_aggregation = '{e.secure_aggregation}' sends updates one by one; there is no "

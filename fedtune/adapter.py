@@ -72,6 +72,21 @@ def weighted_mean(adapters: Sequence[Adapter], weights: Sequence[float]) -> Adap
     return mean
 
 
+def gram(adapters: Sequence[Adapter]) -> Tensor:
+    """<x_i, x_j> over all entries together, (clients, clients) float64; zeros for empty adapters.
+
+    Raises:
+        ValueError: names or shapes differ.
+    """
+    for other in adapters[1:]:
+        _matched(adapters[0], other)
+    inner = torch.zeros(len(adapters), len(adapters), dtype=torch.float64)
+    for name in adapters[0] if adapters else ():
+        rows = torch.stack([adapter[name].double().flatten() for adapter in adapters])
+        inner += rows @ rows.T
+    return (inner + inner.T) / 2
+
+
 def pick(adapter: Adapter, names: Sequence[str] | frozenset[str]) -> Adapter:
     """The named tensors of an adapter, in the adapter's order."""
     wanted = frozenset(names)

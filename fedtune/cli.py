@@ -1,4 +1,4 @@
-"""The command line: `fedtune run | plan | list | report | export | keys`.
+"""The command line: `fedtune run | compare | plan | list | report | export | keys`.
 
 Errors are for the person who must act: one line, exit code 2 for a recipe or usage, 1 for a failed
     run, and a traceback only with --debug. With --json, standard output is one JSON value.
@@ -93,10 +93,71 @@ def _show(done: Any, folder: Path, as_json: bool) -> None:
     if as_json:
         _print_json({"folder": str(folder), **result.to_json()})
         return
-    for table in tables.of_result(result):
+    for table in [*tables.of_result(result), *tables.of_aggregation(done.records)]:
         out.print(table)
     out.print(f"\n{result.verdict}")
     out.print(f"Adapter: {folder / 'adapter'}   Report: {folder / 'report.html'}", soft_wrap=True)
+
+
+@app.command()
+def compare(
+    study: Annotated[
+        Path, typer.Argument(help="A study, or a recipe with the options.", show_default=False)
+    ],
+    overrides: Overrides = None,
+    strategies: Annotated[
+        str, typer.Option(help="Instead of the study's: fedit,ffa_lora.", show_default=False)
+    ] = "",
+    seeds: Annotated[
+        str, typer.Option(help="Instead of the study's: 0-4 or 0,1,7.", show_default=False)
+    ] = "",
+    baseline: Annotated[
+        str, typer.Option(help="The arm that others are compared with.", show_default=False)
+    ] = "",
+    output: Annotated[
+        str, typer.Option(help="The folder of all studies and runs.", show_default=False)
+    ] = "",
+    workers: Annotated[
+        int, typer.Option(min=0, help="Cells at a time, 0: as many as cores or GPUs.")
+    ] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Run a study's grid of strategies and seeds, then compare; the same command again goes on."""
+    from fedtune import comparing, comparison_files, study_file
+    from fedtune.study_progress import StudyProgress
+
+    given = [*(overrides or ()), *([f"output={output}"] if output else [])]
+    asked = study_file.load(study, given, strategies, seeds, baseline)
+    with StudyProgress(err if as_json else out) as view:
+        done = comparing.compare(asked, view, workers)
+    paths = comparison_files.write(done, asked.folder)
+    if as_json:
+        sys.stdout.write(done.to_json() + "\n")
+    else:
+        _show_comparison(done, paths)
+    if done.failures:
+        err.print(
+            f"error: {len(done.failures)} cells have no result; {asked.folder}/comparison.md says "
+            "why. The same command tries them again.",
+            markup=False,
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+
+
+def _show_comparison(done: Any, paths: list[Path]) -> None:
+    from fedtune import comparison_tables, tables
+    from fedtune.report import human_time
+
+    for title, table in comparison_tables.terminal(done):
+        out.print(tables.titled(title, table))
+    found = len(done.seeds)
+    out.print(
+        f"\n{done.cells} cells, {human_time(done.seconds)} of their time. Differences are paired "
+        f"by seed; p: paired t over {found} seed{'s' if found > 1 else ''}, Holm over all "
+        "strategies. comparison.md has every table and how the numbers were made."
+    )
+    out.print("\n".join(map(str, paths)), markup=False, soft_wrap=True)
 
 
 @app.command()

@@ -25,6 +25,7 @@ Leaf = bool | int | float | str
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
+STUDY = ("vary.", "study.")  # what keys begin with that only `fedtune compare` reads
 # What may change between the parts of one run.
 FREE = ("name", "output", "references", "coordinator.wait_seconds", "coordinator.timeout_seconds")
 
@@ -69,6 +70,7 @@ class DataSettings:
     clients: int = 0  # how many shards; 0 where the partition itself decides
     minimum: int = 2  # rows that every shard must have
     test_fraction: float = 0.2  # held out of each shard where the source has no test rows
+    validation_fraction: float = 0.0  # of the training rows, to test on instead of the test rows
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,7 @@ class EvaluationSettings:
 
     every: int = 1  # rounds; the last round is always evaluated
     batch_size: int = 64
+    pooled: bool = True  # in the last round, personal models on the test rows of all clients too
     samples: int = 0  # generated answers of each client in the report (generative tasks)
 
 
@@ -117,6 +120,8 @@ class Experiment:
     task: str = "classification"
     strategy: str = "fedit"
     combine: str = "mean"
+    server_optimizer: str = "none"
+    attack: str = "none"  # what malicious clients of a simulation do
     weighting: str = "examples"  # of clients: examples or uniform
     cohort: str = "all"
     secure_aggregation: str = "none"  # or "masked": the coordinator sees the sum of updates only
@@ -148,19 +153,12 @@ class Experiment:
         Raises:
             RecipeError: the file is missing or no TOML, or a key or value is wrong.
         """
-        path = Path(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise RecipeError(f"Cannot read the recipe {path}: {error}.") from error
-        try:
-            flat = flatten(tomllib.loads(text))
-        except (tomllib.TOMLDecodeError, RecursionError) as error:
-            raise RecipeError(f"{path} is no valid TOML: {error}.") from error
-        flat |= dict(parse_override(item) for item in overrides)
-        if not flat.get("name"):
-            flat["name"] = re.sub(r"[^a-z0-9._-]+", "-", path.stem.lower()).lstrip("._-") or "run"
-        return cls.from_flat(flat)
+        flat = read_flat(path) | dict(parse_override(item) for item in overrides)
+        if any(key.startswith(STUDY) for key in flat):
+            raise RecipeError(
+                f"{path} is a study: it varies keys. Run it with `fedtune compare {path}`."
+            )
+        return cls.from_flat({**flat, "name": flat.get("name") or name_of(path)})
 
     @classmethod
     def from_flat(cls, flat: Mapping[str, object]) -> Self:
@@ -232,6 +230,27 @@ def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def read_flat(path: str | Path) -> dict[str, Any]:
+    """A TOML file as dotted keys, unchecked.
+
+    Raises:
+        RecipeError: the file is missing or no TOML.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"Cannot read the recipe {path}: {error}.") from error
+    try:
+        return flatten(tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise RecipeError(f"{path} is no valid TOML: {error}.") from error
+
+
+def name_of(path: str | Path) -> str:
+    """A run's name from its recipe's file name."""
+    return re.sub(r"[^a-z0-9._-]+", "-", Path(path).stem.lower()).lstrip("._-") or "run"
+
+
 def parse_override(item: str) -> tuple[str, Leaf]:
     """`key=value` of a command line: a TOML value, or text where quotes were left out.
 
@@ -292,6 +311,7 @@ _RANGES: list[tuple[str, Any, str]] = [
     ("data.clients", _outside(0), "at least 0"),
     ("data.minimum", _outside(1), "at least 1"),
     ("data.test_fraction", lambda v: not 0 <= v < 1, "at least 0 and below 1"),
+    ("data.validation_fraction", lambda v: not 0 <= v < 1, "at least 0 and below 1"),
     ("train.learning_rate", lambda v: not 0 < v < math.inf, "above 0"),
     ("train.epochs", _outside(1), "at least 1"),
     ("train.steps", _outside(0), "at least 0"),

@@ -13,6 +13,7 @@ import datasets
 from datasets import Dataset
 
 from fedtune import docstrings
+from fedtune.dealing import permutation
 from fedtune.errors import RecipeError
 from fedtune.files import read_csv, read_jsonl, read_parquet
 
@@ -37,41 +38,56 @@ class Source(ABC):
         """
 
 
-def _from_files(read: Callable[[str | Path], Dataset], train: str, test: str) -> Rows:
-    return Rows(read(train), read(test) if test else None)
+def _from_files(read: Callable[[str | Path], Dataset], train: str, test: str, limit: int) -> Rows:
+    rows = read(train)
+    if 0 < limit < len(rows):
+        # The same rows for every seed of a run: a study varies seeds, and not its data.
+        rows = rows.select(sorted(permutation(len(rows), "limit", limit)[:limit]))
+    return Rows(rows, read(test) if test else None)
 
 
 @dataclass(frozen=True)
-class Jsonl(Source):
+class _Files(Source):
+    """Files of training and of test rows.
+
+    Attributes:
+        train: of the training rows.
+        test: of the test rows; without it the partition holds some out.
+        limit: training rows that are kept, drawn at random once and for all; 0 for all.
+    """
+
+    train: str
+    test: str = ""
+    limit: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse a limit that keeps nothing."""
+        if self.limit < 0:
+            raise ValueError("limit must be at least 0")
+
+
+@dataclass(frozen=True)
+class Jsonl(_Files):
     """Files with one JSON object a line; without `test`, the partition holds test rows out."""
 
-    train: str
-    test: str = ""
-
     def load(self) -> Rows:
-        return _from_files(read_jsonl, self.train, self.test)
+        return _from_files(read_jsonl, self.train, self.test, self.limit)
 
 
 @dataclass(frozen=True)
-class Csv(Source):
+class Csv(_Files):
     """Comma-separated files with a header."""
 
-    train: str
-    test: str = ""
-
     def load(self) -> Rows:
-        return _from_files(read_csv, self.train, self.test)
+        return _from_files(read_csv, self.train, self.test, self.limit)
 
 
 @dataclass(frozen=True)
-class Parquet(Source):
+class Parquet(_Files):
     """Parquet files."""
 
-    train: str
-    test: str = ""
-
     def load(self) -> Rows:
-        return _from_files(read_parquet, self.train, self.test)
+        return _from_files(read_parquet, self.train, self.test, self.limit)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ All of them run the same ServerApp and ClientApp. What happens is told through t
 each record is a line to read, and its `event` attribute the same as data.
 """
 
+import importlib
 import logging
 import os
 import queue
@@ -24,6 +25,7 @@ from filelock import FileLock, Timeout
 from fedtune import allocator, bases, page, parts, report
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
+from fedtune.processes import can_fork
 from fedtune.records import RoundRecord
 from fedtune.report import Run
 from server import checkpoint
@@ -92,10 +94,42 @@ def run(
     else:
         from fedtune import flower
 
-        flower.run(experiment, engine, _follow(experiment), _workers(experiment, workers, threads))
+        count = processes_for(experiment, workers, threads)
+        flower.run(experiment, engine, _follow(experiment), count)
     result = report.read(folder)
     page.write(result, folder / "report.html")
     return result
+
+
+def alone(experiment: Experiment, threads: int = 1) -> None:
+    """Run the recipe's own strategy in this process, without references and without a report.
+
+    It goes on from the last committed round. Results depend on nothing that runs beside it.
+
+    Raises:
+        RecipeError: the recipe, its data or its folder do not fit.
+        RunError: the run could not go on; what was committed is intact.
+    """
+    parts.resolve(experiment)
+    _require_run_folder(parts.folder_of(experiment))
+    prepare(experiment, threads)
+    in_turn(experiment, [""], together=0)
+
+
+def prepare(experiment: Experiment, threads: int) -> None:
+    """Set this process up for runs of such a model; what it imports here, its forks need not."""
+    for key, value in ENVIRONMENT.items():
+        os.environ.setdefault(key, value)
+    for module in ("clients.app", "clients.cohort", "server.app"):
+        importlib.import_module(module)
+    if bases.device_of(experiment.model.device).type == "cpu":
+        allocator.keep_pages()
+    torch.set_num_threads(threads)
+
+
+def complete(experiment: Experiment) -> bool:
+    """Whether the recipe's own strategy has committed its last round."""
+    return _head(parts.folder_of(experiment)) == experiment.rounds
 
 
 def finished(experiment: Experiment) -> bool:
@@ -103,9 +137,7 @@ def finished(experiment: Experiment) -> bool:
     folder = parts.folder_of(experiment)
     arms = [experiment]
     arms += [parts.reference(experiment, name) for name in parts.reference_names(experiment)]
-    return (folder / "report.html").exists() and all(
-        _head(parts.folder_of(arm)) == arm.rounds for arm in arms
-    )
+    return (folder / "report.html").exists() and all(complete(arm) for arm in arms)
 
 
 def _head(folder: Path) -> int:
@@ -163,8 +195,8 @@ def _here(experiment: Experiment, engine: str, workers: int, threads: int) -> No
     if device.type == "cpu":
         allocator.keep_pages()
     torch.set_num_threads(threads)
-    gpus = _gpus() if device.type == "cuda" and device.index is None else ()
-    count = _workers(experiment, workers, threads)
+    gpus = gpus_for(experiment)
+    count = processes_for(experiment, workers, threads)
     arms = ["", *parts.reference_names(experiment)]
     if engine == "sequential" or count == 1:
         in_turn(experiment, arms, together=1 if engine == "sequential" else 0)
@@ -172,16 +204,19 @@ def _here(experiment: Experiment, engine: str, workers: int, threads: int) -> No
         _in_workers(experiment, arms, count, threads, gpus if len(gpus) > 1 else ())
 
 
-def _workers(experiment: Experiment, asked: int, threads: int) -> int:
+def processes_for(experiment: Experiment, asked: int, threads: int) -> int:
     """How many processes: as asked, else one a core, or one a GPU where there are some."""
     device = bases.device_of(experiment.model.device)
     if asked or device.type == "cpu":
         return asked or _cores(threads)
-    return max(1, len(_gpus())) if device.type == "cuda" and device.index is None else 1
+    return max(1, len(gpus_for(experiment)))
 
 
-def _gpus() -> tuple[str, ...]:
-    """CUDA's names of the GPUs that this process sees."""
+def gpus_for(experiment: Experiment) -> tuple[str, ...]:
+    """CUDA's names of the GPUs that processes may take in turn, () for the recipe's own device."""
+    device = bases.device_of(experiment.model.device)
+    if device.type != "cuda" or device.index is not None:
+        return ()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     numbers = map(str, range(torch.cuda.device_count()))
     return tuple(visible.split(",")) if visible else tuple(numbers)
@@ -215,7 +250,7 @@ def _in_workers(
     from server.app import app as server_app
 
     job = pool.Job(answer, experiment.flat(), workers, threads, gpus, log.level)
-    fork = pool.can_fork(threads)
+    fork = can_fork(threads)
     if fork:
         client.warm(experiment, arms)
     ends: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()

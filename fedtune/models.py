@@ -8,7 +8,7 @@ once a process and every client in it writes its own adapter into it.
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from fedtune import bases, lowrank
+from fedtune import bases, cores, lowrank
 from fedtune.adapted import adapted, tensors_of
-from fedtune.adapter import Adapter, State, at_rank, rank_of
+from fedtune.adapter import Adapter, State, at_rank, fitted, rank_axis, rank_of
 from fedtune.config import AdapterSettings, ModelSettings
 from fedtune.seeds import seed_of
 from fedtune.tasks.classification import SentenceClassifier
@@ -132,10 +132,12 @@ def _frozen_bytes(base: Base, quantization: str) -> int:
     return int(total)
 
 
-def initial(model: Model, seed: int) -> State:
+def initial(model: Model, seed: int, *, principal: bool = False) -> State:
     """The state a run begins with: adapters drawn by PEFT's initialisation, a fresh head too.
 
-    Deterministic in `seed`; it leaves the model as it was.
+    Deterministic in `seed`; it leaves the model as it was. The same head is drawn with `principal`,
+    where the adapters are the principal factors of the frozen weights instead: scaling B A is the
+    best approximation of the weights of that rank.
     """
     before = read(model)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -148,6 +150,8 @@ def initial(model: Model, seed: int) -> State:
                         _orthogonal(part)
                     else:
                         part.reset_lora_parameters("default", init)
+                    if principal:
+                        _principal(part)
         if model.fresh:
             for parameter in model.tensors.get("head", {}).values():
                 fan_in = parameter.shape[-1] if parameter.dim() > 1 else 0
@@ -166,6 +170,16 @@ def _orthogonal(part: LoraLayer) -> None:
     for factor, parameter in zip(factors, live, strict=True):
         parameter.copy_(factor.weight)
         factor.weight = parameter
+
+
+def _principal(part: LoraLayer) -> None:
+    weight = part.get_base_layer().weight.detach().cpu()
+    if getattr(part, "fan_in_fan_out", False):
+        weight = weight.T
+    scale = part.scaling["default"] ** 0.5
+    factors = lowrank.principal(weight, part.r["default"])
+    part.lora_A["default"].weight.copy_(factors.A / scale)
+    part.lora_B["default"].weight.copy_(factors.B / scale)
 
 
 @contextlib.contextmanager
@@ -262,6 +276,58 @@ def scaled(model: Model, factor: float) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def ranked(model: Model, adapter: Adapter) -> Iterator[None]:
+    """Give the LoRA factors the ranks of `adapter`'s; the scaling stays the recipe's."""
+    live = model.tensors["adapter"]
+    before: list[tuple[nn.Parameter, torch.Tensor]] = []
+    try:
+        for name, tensor in adapter.items():
+            if rank_axis(name) is None or name not in live or live[name].shape == tensor.shape:
+                continue
+            before.append((live[name], live[name].data))
+            live[name].data = torch.zeros(tensor.shape).to(live[name])
+        yield
+    finally:
+        for parameter, data in before:
+            parameter.data, parameter.grad = data, None
+
+
+@contextlib.contextmanager
+def cored(model: Model, core: Adapter) -> Iterator[dict[str, nn.Parameter]]:
+    """Multiply by each module's core between its factors.
+
+    Yields:
+        The core's live parameters by name.
+
+    Raises:
+        ValueError: a layer is not there.
+    """
+    layers = dict(lora_layers(model)) if core else {}
+    live: dict[str, nn.Parameter] = {}
+    hooks = []
+    try:
+        for module in cores.modules_of(core):
+            if module not in layers:
+                raise ValueError(f"the model has no adapted layer '{module}' for a core")
+            first = layers[module].lora_A["default"]
+            own = [module + cores.BLOCKS, module + cores.SCALES]
+            for name in (name for name in own if name in core):
+                live[name] = nn.Parameter(core[name].to(first.weight, copy=True))
+            hooks.append(first.register_forward_hook(_between(live, module)))
+        yield live
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _between(live: dict[str, nn.Parameter], module: str) -> Callable[..., torch.Tensor]:
+    def through(part: nn.Module, args: tuple[Any, ...], inner: torch.Tensor) -> torch.Tensor:
+        return inner @ cores.matrix(live, module, inner.shape[-1]).to(inner.dtype).T
+
+    return through
+
+
+@contextlib.contextmanager
 def checkpointed(model: Model, wanted: bool) -> Iterator[None]:
     """Gradient checkpointing of the base's layers: less memory, each layer computed twice."""
     base = model.module.get_base_model()
@@ -279,7 +345,8 @@ def save(model: Model, state: State, folder: Path) -> None:
     """Write a PEFT folder that `PeftModel.from_pretrained(base, folder)` loads.
 
     A group "base", the change of the frozen weights, becomes a part of the adapter, whose rank is
-    then higher: the frozen weights themselves stay the checkpoint's.
+    then higher: the frozen weights themselves stay the checkpoint's. So is the rank of an adapter
+    that has other ranks than the model's.
 
     Beside PEFT's own files, `fedtune.json` holds the base's name and the labels in order, which is
     what `fedtune.load` needs to rebuild the base.
@@ -287,15 +354,17 @@ def save(model: Model, state: State, folder: Path) -> None:
     before = read(model)
     state, change = dict(state), state.get("base", {})
     state.pop("base", None)
-    write(model, state)
+    whole = state["adapter"]
+    own = {n: fitted(n, t, model.tensors["adapter"][n].shape) for n, t in whole.items()}
+    write(model, {**state, "adapter": own})
     with bases.quiet():
         tensors = get_peft_model_state_dict(model.module, save_embedding_layers=False)
         model.module.save_pretrained(
             str(folder), save_embedding_layers=False, safe_serialization=True
         )
     assert set(tensors) == {name for group in model.tensors.values() for name in group}
-    if change:
-        _raise_rank(folder, state["adapter"], change)
+    if change or any(own[name].shape != tensor.shape for name, tensor in whole.items()):
+        _raise_rank(folder, whole, change, model.module.peft_config["default"].r)
     config = model.module.get_base_model().config
     about = {
         "base": model.module.peft_config["default"].base_model_name_or_path,
@@ -306,10 +375,10 @@ def save(model: Model, state: State, folder: Path) -> None:
     write(model, before)
 
 
-def _raise_rank(folder: Path, adapter: Adapter, base: Adapter) -> None:
-    """Write the sum of both products into a PEFT folder that holds the adapter alone."""
+def _raise_rank(folder: Path, adapter: Adapter, base: Adapter, before: int) -> None:
+    """Write the sum of both products into a PEFT folder of rank `before`, on its scaling."""
     raised = lowrank.added(base, adapter)
-    rank, before = rank_of(raised), rank_of(adapter)
+    rank = rank_of(raised)
     file = folder / "adapter_model.safetensors"
     tensors = {**load_file(file), **at_rank(raised, rank)}
     save_file({name: t.contiguous() for name, t in tensors.items()}, file, {"format": "pt"})

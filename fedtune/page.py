@@ -5,54 +5,39 @@ and recipes and are escaped.
 """
 
 import hashlib
-import importlib.metadata
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import plotly.graph_objects as go
-from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
 from fedtune import report
 from fedtune.page_template import TEMPLATE
+from fedtune.pages import COLOURS, Drawn, blank, plain, rendered, words
 from fedtune.records import RoundRecord
-from fedtune.report import Result, Run, human_bytes, human_time, summarise
+from fedtune.report import Result, Run, summarise
 
-# Okabe and Ito's palette, readable with every kind of colour vision.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
 FEDERATED, UNTUNED = COLOURS[0], COLOURS[6]
 MOST_LINES = 12
-MOST_TICKS = 20
 TALL = 26  # pixels a client in a horizontal chart
-PACKAGES = ("fedtune", "flwr", "torch", "transformers", "peft", "datasets", "numpy")
 
 
 def write(run: Run, path: Path) -> None:
     """Write the page of a run, finished or not."""
     result = report.result(run)
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {
-        "bytes": human_bytes,
-        "time": human_time,
-        "words": _words,
-        "in_script": _in_script,
-    }
-    template = environment.from_string(TEMPLATE)
-    page = template.render(
+    page = rendered(
+        TEMPLATE,
         run=run,
         result=result,
         kinds={row.kind for row in result.rows},
         figures=_figures(run, result),
-        plotly_js=get_plotlyjs(),
         recipe=run.experiment.text(),
         task=run.experiment.task,
         rejections=[(r.round, rejection) for r in run.records for rejection in r.rejected],
         sha256=_sha256(run.folder / "adapter" / "adapter_model.safetensors"),
-        versions=_versions(),
         rounds=run.records[-1].round,
         partial=_partial(run),
+        aggregation=[(r.round, r.aggregation) for r in run.records if r.aggregation],
     )
     path.write_text(page, encoding="utf-8")
 
@@ -61,33 +46,23 @@ def _sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.exists() else ""
 
 
-def _versions() -> list[tuple[str, str]]:
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def _partial(run: Run) -> bool:
     """Whether some clients were asked in some rounds only."""
     return any(len(r.cohort) < len(run.clients) for r in run.records if r.round)
 
 
-def _figures(run: Run, result: Result) -> list[dict[str, Any]]:
-    """Title, note and plot of each chart, as JSON that the page draws."""
+def _figures(run: Run, result: Result) -> list[Drawn]:
+    """Each chart that has something to show."""
     metric = result.metrics[0]
     drawn: list[tuple[str, str, go.Figure | None]] = [
         (
-            f"{_words(metric).capitalize()} by round",
+            f"{words(metric).capitalize()} by round",
             "On the pooled test rows of all clients. Round 0 is the untuned model.",
             _curves(run, metric),
         ),
         (
             "Each client's own test rows, by round",
-            f"{_words(metric).capitalize()} of the model of the round.",
+            f"{words(metric).capitalize()} of the model of the round.",
             _client_curves(run, metric),
         ),
         (
@@ -101,6 +76,12 @@ def _figures(run: Run, result: Result) -> list[dict[str, Any]]:
             "Arrays as serialised: broadcast to the cohort and sent back. Evaluation apart.",
             _traffic(run),
         ),
+        (
+            "Aggregation error by round",
+            "Distance of the new model from the mean of the clients' products, over that mean's "
+            "norm; and how far apart clients are, over the length of their mean change.",
+            _aggregation(run),
+        ),
         ("Time by round", "Wall-clock seconds, evaluation included.", _seconds(run)),
         (
             "Who took part",
@@ -109,38 +90,10 @@ def _figures(run: Run, result: Result) -> list[dict[str, Any]]:
         ),
     ]
     return [
-        {"title": title, "note": note, "json": figure.to_json(), "id": f"figure-{number}"}
-        for number, (title, note, figure) in enumerate(drawn)
-        if figure is not None
+        Drawn(f"figure-{number}", title, note, chart.to_json())
+        for number, (title, note, chart) in enumerate(drawn)
+        if chart is not None
     ]
-
-
-def _in_script(json: str) -> Markup:
-    """JSON that may stand in a script: no text in it can end the script."""
-    return Markup(json.replace("<", "\\u003c").replace("&", "\\u0026"))
-
-
-def _words(name: str) -> str:
-    return name.replace("_", " ")
-
-
-def _figure(x: str, y: str, height: int = 340, rounds: int = 0) -> go.Figure:
-    figure = go.Figure()
-    figure.update_layout(
-        height=height,
-        margin={"l": 60, "r": 20, "t": 10, "b": 50},
-        template="plotly_white",
-        font={"family": "system-ui, sans-serif", "size": 13},
-        legend={"orientation": "h", "y": -0.25},
-        hovermode="x unified" if x == "round" else "closest",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-    )
-    figure.update_xaxes(title=x)
-    if x == "round":
-        figure.update_xaxes(tickformat="d", dtick=1 if rounds <= MOST_TICKS else None)
-    figure.update_yaxes(title=y)
-    return figure
 
 
 def _points(records: Sequence[RoundRecord], metric: str) -> tuple[list[int], list[float]]:
@@ -154,12 +107,12 @@ def _line(
     figure: go.Figure, name: str, x: Sequence[int], y: Sequence[float], colour: str, **line: Any
 ) -> None:
     figure.add_scatter(
-        x=list(x), y=list(y), name=name, mode="lines+markers", line={"color": colour, **line}
+        x=list(x), y=list(y), name=plain(name), mode="lines+markers", line={"color": colour, **line}
     )
 
 
 def _curves(run: Run, metric: str) -> go.Figure:
-    figure = _figure("round", _words(metric), rounds=len(run.records))
+    figure = blank("round", words(metric), rounds=len(run.records))
     alone = run.references.get("local_only")
     if alone:
         last = alone.records[-1]
@@ -188,7 +141,7 @@ def _curves(run: Run, metric: str) -> go.Figure:
 def _client_curves(run: Run, metric: str) -> go.Figure | None:
     """One line a client; of many, the ten with most test rows."""
     names = [c["name"] for c in sorted(run.clients, key=lambda c: -(c["test_examples"] or 0))]
-    figure = _figure("round", _words(metric), rounds=len(run.records))
+    figure = blank("round", words(metric), rounds=len(run.records))
     for number, name in enumerate(names[:MOST_LINES]):
         measured = [
             (r.round, summarise(r.evaluation["own"][name])[metric])
@@ -211,12 +164,12 @@ def _mix(run: Run) -> go.Figure | None:
     labels = list(run.labels) or sorted({label for c in known for label in c["mix"]})
     counts = [[client["mix"].get(label, 0) for label in labels] for client in known]
     slanted = 5 * max(map(len, labels))  # the room that the labels below take
-    figure = _figure("label", "client", 120 + slanted + TALL * len(known))
+    figure = blank("label", "client", 120 + slanted + TALL * len(known))
     few = len(known) * len(labels) <= 200
     figure.add_heatmap(
         z=counts,
-        x=labels,
-        y=[client["name"] for client in known],
+        x=[plain(label) for label in labels],
+        y=[plain(client["name"]) for client in known],
         colorscale="Blues",
         zmin=0,
         colorbar={"title": "rows"},
@@ -233,10 +186,10 @@ def _sizes(run: Run) -> go.Figure | None:
     known = [client for client in run.clients if client["examples"]]
     if any(client["mix"] for client in run.clients) or not known:
         return None
-    figure = _figure("training rows", "", max(240, 100 + TALL * len(known)))
+    figure = blank("training rows", "", max(240, 100 + TALL * len(known)))
     figure.add_bar(
         x=[client["examples"] for client in known],
-        y=[client["name"] for client in known],
+        y=[plain(client["name"]) for client in known],
         orientation="h",
         marker={"color": FEDERATED},
     )
@@ -245,7 +198,7 @@ def _sizes(run: Run) -> go.Figure | None:
 
 
 def _traffic(run: Run) -> go.Figure:
-    figure = _figure("round", "megabytes", rounds=len(run.records))
+    figure = blank("round", "megabytes", rounds=len(run.records))
     figure.update_layout(barmode="stack")
     for name, colour, counts in (
         ("broadcast", COLOURS[0], [r.bytes_down for r in run.records]),
@@ -258,8 +211,22 @@ def _traffic(run: Run) -> go.Figure:
     return figure
 
 
+def _aggregation(run: Run) -> go.Figure | None:
+    measured = [record for record in run.records if record.aggregation]
+    figure = blank("round", "", rounds=len(run.records))
+    for key, name, colour in (
+        ("relative_error", "aggregation error", FEDERATED),
+        ("drift", "drift of clients", COLOURS[1]),
+    ):
+        values = [(r.round, r.aggregation[key]) for r in measured if r.aggregation.get(key)]
+        if values:
+            _line(figure, name, [x for x, _ in values], [y for _, y in values], colour)
+    figure.update_yaxes(type="log", exponentformat="power")
+    return figure if figure.data else None
+
+
 def _seconds(run: Run) -> go.Figure:
-    figure = _figure("round", "seconds", 280, len(run.records))
+    figure = blank("round", "seconds", 280, len(run.records))
     figure.add_bar(
         x=[record.round for record in run.records],
         y=[record.seconds for record in run.records],
@@ -269,8 +236,8 @@ def _seconds(run: Run) -> go.Figure:
 
 
 def _participation(run: Run) -> go.Figure:
-    names = [client["name"] for client in run.clients]
-    figure = _figure("round", "client", max(240, 120 + TALL * len(names)), len(run.records))
+    names = [plain(client["name"]) for client in run.clients]
+    figure = blank("round", "client", max(240, 120 + TALL * len(names)), len(run.records))
     asked = [(r.round, name) for r in run.records for name in r.cohort]
     aside = [(r.round, rejection.client) for r in run.records for rejection in r.rejected]
     for name, points, colour, symbol in (
@@ -279,7 +246,7 @@ def _participation(run: Run) -> go.Figure:
     ):
         figure.add_scatter(
             x=[round for round, _ in points],
-            y=[client for _, client in points],
+            y=[plain(client) for _, client in points],
             mode="markers",
             name=name,
             marker={"color": colour, "symbol": symbol, "size": 10},

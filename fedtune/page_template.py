@@ -1,47 +1,11 @@
 """The page's template, kept as Python: a Flower app carries no .html files."""
 
-TEMPLATE = """<!doctype html>
+TEMPLATE = """{% from "plot" import plot -%}
+<!doctype html>
 <html lang="en">
 <head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
-  content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';
-  img-src data: blob:">
 <title>{{ result.name }} - FedTune</title>
-<style>
-  :root { --ink: #1d2329; --soft: #5b6670; --line: #dfe4e8; --mark: #eef5fb; --paper: #fff; }
-  @media (prefers-color-scheme: dark) {
-    :root { --ink: #e8ebee; --soft: #a2adb7; --line: #39424a; --mark: #1e2d3a; --paper: #15191d; }
-  }
-  body { margin: 0; background: var(--paper); color: var(--ink);
-    font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; }
-  main { max-width: 980px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-  h1 { font-size: 1.7rem; margin: 0 0 .25rem; }
-  h2 { font-size: 1.15rem; margin: 2.4rem 0 .25rem; }
-  .note { color: var(--soft); margin: 0 0 .6rem; font-size: .92rem; }
-  .verdict { font-size: 1.08rem; border-left: 4px solid #0072B2; padding: .2rem 0 .2rem .9rem;
-    margin: 1.2rem 0 1.6rem; }
-  .scroll { overflow-x: auto; }
-  table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-  th, td { padding: .34rem .6rem; border-bottom: 1px solid var(--line); text-align: right;
-    white-space: nowrap; }
-  th { color: var(--soft); font-weight: 600; font-size: .9rem; }
-  th:first-child, td:first-child { text-align: left; }
-  th.text, td.text { text-align: left; white-space: normal; vertical-align: top; }
-  td.text div { max-height: 9em; overflow-y: auto; white-space: pre-wrap; min-width: 12em; }
-  tr.federated { background: var(--mark); font-weight: 600; }
-  .facts { display: flex; flex-wrap: wrap; gap: .4rem 2rem; margin: 0; padding: 0; }
-  .facts div { min-width: 6rem; }
-  .facts dt { color: var(--soft); font-size: .85rem; }
-  .facts dd { margin: 0; font-weight: 600; }
-  details { margin-top: 2rem; }
-  pre { overflow-x: auto; background: var(--mark); padding: 1rem; font-size: .85rem; }
-  code { font-size: .85rem; overflow-wrap: anywhere; }
-  footer { margin-top: 3rem; color: var(--soft); font-size: .85rem; }
-  @media print { h2 { break-after: avoid; } .plot { break-inside: avoid; } }
-</style>
-<script>{{ plotly_js | safe }}</script>
+{% include "head" %}
 </head>
 <body><main>
 <h1>{{ result.name }}</h1>
@@ -102,7 +66,7 @@ rows like its own.</p>
 {% for figure in figures %}
 <h2>{{ figure.title }}</h2>
 <p class="note">{{ figure.note }}</p>
-<div class="plot" id="{{ figure.id }}"></div>
+{{ plot(figure) }}
 {% endfor %}
 
 {% if rejections %}
@@ -132,26 +96,30 @@ rows like its own.</p>
 </table></div>
 {% endif %}
 
+{% if aggregation %}
+{% set columns = ["error", "relative_error", "cosine", "effective_rank", "stable_rank",
+  "accumulated_effective_rank", "change", "drift", "update_cosine", "moved_A", "moved_B"] %}
+<details><summary>Aggregation, round by round</summary>
+<p class="note">Against the mean of the clients' products of B and A, over all modules. Effective
+rank: exp of the entropy of the squared singular values; stable rank: their sum over the largest;
+both of that mean, accumulated: of the whole change of the model. Change: the length of the
+clients' mean change; drift: their distance from the mean, over it; update cosine: between two
+clients' changes; moved: how far a client moves each factor.</p>
+<div class="scroll"><table>
+<tr><th>round</th>{% for c in columns %}<th>{{ c | words }}</th>{% endfor %}</tr>
+{% for round, figures in aggregation %}
+<tr><td>{{ round }}</td>{% for c in columns %}
+  <td>{{ "%.3g" % figures[c] if c in figures else "-" }}</td>{% endfor %}</tr>
+{% endfor %}
+</table></div></details>
+{% endif %}
+
 <details><summary>The recipe, every key</summary><pre>{{ recipe }}</pre></details>
 <footer>
 {% if sha256 %}<p>SHA-256 of adapter_model.safetensors: <code>{{ sha256 }}</code></p>{% endif %}
-<p>{% for name, version in versions %}{{ name }} {{ version }}{{ "" if loop.last else ", " }}
-{%- endfor %}</p>
+{% include "foot" %}
 </footer>
 </main>
-<script>
-const dark = window.matchMedia("(prefers-color-scheme: dark)").matches;
-function draw(id, figure) {
-  if (dark) {
-    figure.layout.font.color = "#e8ebee";
-    for (const axis of ["xaxis", "yaxis"])
-      figure.layout[axis] = {...figure.layout[axis], gridcolor: "#39424a", linecolor: "#39424a"};
-  }
-  Plotly.newPlot(id, figure.data, figure.layout, {responsive: true, displayModeBar: false});
-}
-{% for figure in figures %}
-draw("{{ figure.id }}", {{ figure.json | in_script }});
-{% endfor %}
-</script>
+<script>{{ script | safe }}</script>
 </body></html>
 """

@@ -5,19 +5,24 @@ here, before a row is read or a model is loaded.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
-from fedtune.cohorts import COHORTS, Cohort
-from fedtune.combine import COMBINES, Combine, Mean
+from fedtune import composition
+from fedtune.attacks import ATTACKS
+from fedtune.cohorts import COHORTS
+from fedtune.combine import COMBINES
 from fedtune.components import build, nearest
+from fedtune.composition import Parts
 from fedtune.config import Experiment
 from fedtune.data import SOURCES
 from fedtune.errors import RecipeError
+from fedtune.optimizers import OPTIMIZERS
 from fedtune.partitions import PARTITIONS
-from fedtune.privacy.aggregation import AGGREGATIONS, Aggregation
-from fedtune.strategies import STRATEGIES, Strategy
-from fedtune.tasks import TASKS, Task
+from fedtune.privacy.secure import AGGREGATIONS
+from fedtune.strategies import STRATEGIES
+from fedtune.tasks import TASKS
+
+__all__ = ["REGISTRIES", "Parts", "folder_of", "reference", "reference_names", "resolve"]
 
 REGISTRIES: dict[str, Mapping[str, type]] = {
     "strategy": STRATEGIES,
@@ -26,19 +31,10 @@ REGISTRIES: dict[str, Mapping[str, type]] = {
     "data.partition": PARTITIONS,
     "cohort": COHORTS,
     "combine": COMBINES,
+    "server_optimizer": OPTIMIZERS,
+    "attack": ATTACKS,
     "secure_aggregation": AGGREGATIONS,
 }
-
-
-@dataclass(frozen=True)
-class Parts:
-    """What an experiment's component texts stand for."""
-
-    task: Task
-    strategy: Strategy
-    combine: Combine
-    cohort: Cohort
-    aggregation: Aggregation
 
 
 def resolve(experiment: Experiment) -> Parts:
@@ -53,29 +49,12 @@ def resolve(experiment: Experiment) -> Parts:
         task=build(experiment.task, TASKS, "task"),
         strategy=build(experiment.strategy, STRATEGIES, "strategy"),
         combine=build(experiment.combine, COMBINES, "combine"),
+        server_optimizer=build(experiment.server_optimizer, OPTIMIZERS, "server_optimizer"),
+        attack=build(experiment.attack, ATTACKS, "attack"),
         cohort=build(experiment.cohort, COHORTS, "cohort"),
-        aggregation=build(experiment.secure_aggregation, AGGREGATIONS, "secure_aggregation"),
+        secure=build(experiment.secure_aggregation, AGGREGATIONS, "secure_aggregation"),
     )
-    parts.strategy.check(experiment)
-    if parts.aggregation.masks:
-        _check_masked(experiment, parts)
-    if experiment.adapter.ranks and not parts.strategy.mixed_ranks:
-        able = ", ".join(sorted(name for name, kind in STRATEGIES.items() if kind.mixed_ranks))
-        raise RecipeError(
-            f"adapter.ranks = '{experiment.adapter.ranks}' gives clients adapters of different "
-            f"ranks, whose factors strategy = '{experiment.strategy}' cannot join. Set it to '', "
-            f"or take one of {able}."
-        )
-    if experiment.evaluation.samples and not parts.task.generates:
-        raise RecipeError(
-            f"evaluation.samples = {experiment.evaluation.samples} needs a task that generates "
-            f"text, but task = '{experiment.task}'. Set it to 0, or task = 'instruction'."
-        )
-    if experiment.adapter.init == "orthogonal" and experiment.adapter.rank % 2:
-        raise RecipeError(
-            "adapter.init = 'orthogonal' needs an even adapter.rank, not "
-            f"{experiment.adapter.rank}."
-        )
+    composition.check(experiment, parts)
     names = reference_names(experiment)
     for name in names:
         if names.count(name) > 1 or name == experiment.strategy:
@@ -90,24 +69,6 @@ def resolve(experiment: Experiment) -> Parts:
     return parts
 
 
-def _check_masked(experiment: Experiment, parts: Parts) -> None:
-    """Refuse what needs more than the sum of updates."""
-    masked = f"secure_aggregation = '{experiment.secure_aggregation}' shows the sum of updates only"
-    if not parts.strategy.sums_only or parts.strategy.pools:
-        able = ", ".join(
-            sorted(name for name, kind in STRATEGIES.items() if kind.sums_only and not kind.pools)
-        )
-        raise RecipeError(
-            f"{masked}, but strategy = '{experiment.strategy}' needs each client's. Set it to "
-            f"'none', or take one of {able}."
-        )
-    if not isinstance(parts.combine, Mean):
-        raise RecipeError(
-            f"{masked}, but combine = '{experiment.combine}' compares clients. Set combine = "
-            "'mean', or secure_aggregation = 'none'."
-        )
-
-
 def reference_names(experiment: Experiment) -> list[str]:
     """The strategies that run beside the recipe's own, [] for none."""
     if experiment.references == "none":
@@ -119,8 +80,11 @@ def reference(experiment: Experiment, name: str) -> Experiment:
     """The same experiment with another strategy and everybody in every round.
 
     Its run folder lies inside the experiment's own: `references/<name>`. Where it pools the rows
-    there is one client, however many the recipe needs.
+    there is one client, however many the recipe needs; where nothing is joined, nothing is there
+    to attack or to defend.
     """
+    if name in STRATEGIES and not STRATEGIES[name].joins:
+        experiment = experiment.replace(combine="mean", server_optimizer="none", attack="none")
     if name in STRATEGIES and STRATEGIES[name].pools:
         experiment = experiment.replace(
             coordinator__minimum_clients=1,

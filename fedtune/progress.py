@@ -17,6 +17,7 @@ from fedtune.report import human_bytes, summarise
 
 QUALITY = ("accuracy", "perplexity")
 WIDE = 96  # columns that leave room for a bar
+WIDER = 128  # and for the aggregation error
 
 
 class ProgressHandler(logging.Handler):
@@ -104,6 +105,9 @@ class ProgressHandler(logging.Handler):
         shown += [
             f"{key.replace('_', ' ')} {numbers[key]:.3f}" for key in QUALITY if key in numbers
         ]
+        room = not self.console.is_terminal or self.console.width >= WIDER
+        if room and "relative_error" in record.aggregation:
+            shown.append(f"aggregation error {record.aggregation['relative_error']:.2g}")
         shown.append(human_bytes(self.bytes[arm]))
         text = "  ".join(shown)
         self.progress.update(self.tasks[arm], completed=float(record.round), numbers=text)

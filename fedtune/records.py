@@ -68,6 +68,7 @@ class RoundRecord:
         update_norm: Euclidean norm of the change of the coordinator's adapter.
         tokens: [real, computed] of the accepted clients' training; the base saw the computed ones,
             padding included.
+        aggregation: figures of `fedtune.aggregation`, {} where clients keep what they would need.
     """
 
     round: int
@@ -81,6 +82,7 @@ class RoundRecord:
     evaluation: dict[str, dict[str, Sums]] = field(default_factory=dict)
     update_norm: float = 0.0
     tokens: list[float] = field(default_factory=lambda: [0.0, 0.0])
+    aggregation: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """One line."""

@@ -18,7 +18,7 @@ from fedtune.records import RoundRecord, Sums, merge, padding
 
 CLASSIFICATION = ("accuracy", "macro_f1", "precision", "recall", "loss")
 LANGUAGE_MODEL = ("loss", "perplexity", "token_accuracy")
-LOWER_IS_BETTER = ("loss", "perplexity")
+LOWER_IS_BETTER = ("loss", "perplexity", "backdoor")
 Z = 1.959963984540054  # of a 95 % interval
 
 
@@ -100,6 +100,11 @@ def summarise(sums: Mapping[str, Sequence[float]]) -> dict[str, float]:
         numbers["recall"] = sum(right[k] / actual[k] for k in seen if actual[k]) / count
         numbers["macro_f1"] = sum(2 * right[k] / (predicted[k] + actual[k]) for k in seen) / count
     return numbers
+
+
+def metrics_of(sums: Mapping[str, object]) -> tuple[str, ...]:
+    """The metrics that tables show for such sums, the first being what quality means."""
+    return LANGUAGE_MODEL if "token_accuracy" in sums else CLASSIFICATION
 
 
 def wilson(correct: float, rows: float) -> tuple[float, float]:
@@ -184,7 +189,7 @@ def result(run: Run) -> Result:
     """
     last = last_evaluated(run)
     final = pooled(last)
-    metrics = LANGUAGE_MODEL if "token_accuracy" in final else CLASSIFICATION
+    metrics = metrics_of(final)
     rows = [_row("untuned", "untuned model", pooled(run.records[0]), 0, run.records[:1])]
     alone = run.references.get("local_only")
     if alone:

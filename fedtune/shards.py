@@ -1,6 +1,8 @@
 """Shards: the rows of each client of a simulation, or of one institution.
 
-Where a source has no test rows, each client holds out a part of its own.
+Where a source has no test rows, each client holds out a part of its own. While settings are tuned,
+`data.validation_fraction` puts a part of the training rows in the place of the test rows, which
+then nobody looks at.
 """
 
 import bisect
@@ -36,10 +38,23 @@ def tests_among(rows: int, fraction: float) -> int:
     return min(rows - 1, max(1, round(rows * fraction))) if fraction and rows > 1 else 0
 
 
-def _hold_out(name: str, rows: Dataset, fraction: float, seed: int) -> Shard:
-    order = permutation(len(rows), seed, "held-out rows", name)
-    count = tests_among(len(rows), fraction)
+def _hold_out(
+    name: str, rows: Dataset, count: int, seed: int, purpose: str = "held-out rows"
+) -> Shard:
+    order = permutation(len(rows), seed, purpose, name)
     return Shard(name, rows.select(sorted(order[count:])), rows.select(sorted(order[:count])))
+
+
+def _validated(shard: Shard, data: DataSettings, seed: int) -> Shard:
+    """The shard with a part of its training rows in the place of its test rows, where asked.
+
+    `data.minimum` rows remain to train on, so a recipe that runs can be tuned.
+    """
+    if not data.validation_fraction:
+        return shard
+    rows = len(shard.train)
+    count = min(tests_among(rows, data.validation_fraction), max(0, rows - data.minimum))
+    return _hold_out(shard.name, shard.train, count, seed, "validation rows")
 
 
 def _require_rows(shard: Shard, data: DataSettings, held_out: bool, remedy: str) -> Shard:
@@ -84,10 +99,14 @@ def load(data: DataSettings, seed: int) -> list[Shard]:
         )
     held = dict(sorted(partition.split(train, data.clients, least, seed).items()))
     if test is None:
-        shards = [_hold_out(name, train.select(own), fraction, seed) for name, own in held.items()]
+        shards = [
+            _hold_out(name, train.select(own), tests_among(len(own), fraction), seed)
+            for name, own in held.items()
+        ]
     else:
         tests = partition.assign(test, train, held, seed)
         shards = [Shard(n, train.select(own), test.select(tests[n])) for n, own in held.items()]
+    shards = [_validated(shard, data, seed) for shard in shards]
     return [_require_rows(shard, data, test is None, partition.remedy) for shard in shards]
 
 
@@ -113,9 +132,10 @@ def institution(
         )
     rows = read_file(train)
     if test is None:
-        shard = _hold_out(name, rows, data.test_fraction, seed)
+        shard = _hold_out(name, rows, tests_among(len(rows), data.test_fraction), seed)
     else:
         shard = Shard(name, rows, read_file(test))
+    shard = _validated(shard, data, seed)
     return _require_rows(shard, data, test is None, "Add rows, or lower data.minimum.")
 
 

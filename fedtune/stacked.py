@@ -5,6 +5,7 @@ that clipping, AdamW and the mean are a few operations. `applied` lets the base'
 heads use them.
 """
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedtune import models
+from fedtune import cores, models
 from fedtune.adapter import Adapter, State, fitted
 from fedtune.models import Model
 from fedtune.products import Layout, own_product
@@ -27,7 +28,7 @@ class Place:
 
     Attributes:
         module: the layer or the head.
-        role: "A", "B", "weight" or "bias".
+        role: "A", "B", "blocks" or "scales" of its core, "weight" or "bias".
         number: of the layer among the adapted ones.
     """
 
@@ -37,11 +38,13 @@ class Place:
 
 
 def places(model: Model) -> dict[str, Place]:
-    """Every trained tensor's name and its place, as far as they can be stacked."""
+    """Names and places: of cores, and of what the model trains as far as it can be stacked."""
     found = {}
     for number, (path, part) in enumerate(models.lora_layers(model)):
         found[f"{path}.lora_A.weight"] = Place(part, "A", number)
         found[f"{path}.lora_B.weight"] = Place(part, "B", number)
+        found[path + cores.BLOCKS] = Place(part, "blocks", number)
+        found[path + cores.SCALES] = Place(part, "scales", number)
     live = {id(p): name for name, p in model.tensors.get("head", {}).items()}
     for part in model.module.modules():
         if isinstance(part, nn.Linear):
@@ -73,18 +76,30 @@ class Stack:
     def __post_init__(self) -> None:
         """Lay every plan's start into its row."""
         live = {name: p for tensors in self.model.tensors.values() for name, p in tensors.items()}
-        self.names = [name for group in self.plans[0].start.values() for name in group]
-        self.shapes = {name: live[name].shape for name in self.names}
+        starts = [
+            {name: t for group in plan.start.values() for name, t in group.items()}
+            for plan in self.plans
+        ]
+        self.names = list(starts[0])
+        # Clients differ in ranks at most, so that the largest of each length holds them all.
+        self.shapes = {
+            name: torch.Size(map(max, zip(*(start[name].shape for start in starts), strict=True)))
+            for name in self.names
+        }
         self.bounds, end = {}, 0
         for name in self.names:
-            self.bounds[name] = (end, end := end + live[name].numel())
-        dtype, device = live[self.names[0]].dtype, self.model.device
+            self.bounds[name] = (end, end := end + self.shapes[name].numel())
+        dtype, device = next(iter(live.values())).dtype, self.model.device
         self.flat = torch.stack([self.row(plan.start) for plan in self.plans]).to(device, dtype)
         self.grad = torch.zeros_like(self.flat)
         self.mask = torch.zeros_like(self.flat, dtype=torch.bool)
         for number, plan in enumerate(self.plans):
             for name in plan.trainable:
-                self.mask[number, slice(*self.bounds[name])] = True
+                place = self.mask[number, slice(*self.bounds[name])]
+                place.fill_(True)
+                if name in plan.mask:
+                    own = plan.mask[name].expand(starts[number][name].shape)
+                    place.copy_(fitted(name, own, self.shapes[name]).reshape(-1) != 0)
         self.trained = {name for plan in self.plans for name in plan.trainable}
         self.scales = [plan.scale for plan in self.plans]
 
@@ -129,12 +144,29 @@ class Stack:
         for number, (rows, bound) in enumerate(zip(layout.rows, bounds, strict=True)):
             own = self.grad.new_zeros(rows, self.grad.shape[1])
             for name, gradients in layout.examples.items():
-                own[:, slice(*self.bounds[name])] = gradients[begin : begin + rows]
+                for leaf, part in self._of_leaves(number, name, gradients[begin : begin + rows]):
+                    own[:, slice(*self.bounds[leaf])] = part.flatten(1)
             own.masked_fill_(~self.mask[number], 0.0)
             norms = torch.linalg.vector_norm(own, dim=1)
             factors = (bound / norms.clamp(min=1e-12)).clamp(max=1.0)
             self.grad[number] = factors @ own / rows
             begin += rows
+
+    def _of_leaves(self, client: int, name: str, gradients: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """A tensor's rows of gradients, a core's as those of its blocks and scales."""
+        if name in self.bounds:
+            yield name, gradients
+            return
+        leaves = [name + cores.BLOCKS, name + cores.SCALES]
+        values = [self._tensor(client, leaf) if leaf in self.bounds else None for leaf in leaves]
+        rank = math.isqrt(gradients.shape[1])
+        parts = cores.gradients(gradients.view(-1, rank, rank), *values)
+        yield from (
+            (leaf, part) for leaf, part in zip(leaves, parts, strict=True) if part is not None
+        )
+
+    def _tensor(self, client: int, name: str) -> Tensor:
+        return self.flat[client, slice(*self.bounds[name])].view(self.shapes[name])
 
     def state(self, client: int) -> State:
         """One client's tensors, on the CPU, in the shapes of its plan."""
@@ -206,6 +238,10 @@ def _lora(
     if p and part.training:
         own = own * _kept(own, layout, p, number)
     inner = own_product(own, a.to(dtype), layout, name_a)
+    core = [tensors[role][1] if role in tensors else None for role in ("blocks", "scales")]
+    if any(part is not None for part in core):
+        between = cores.between(core[0], core[1], a.shape[1]).to(dtype)
+        inner = own_product(inner, between, layout, name_a.removesuffix(".lora_A.weight"))
     scaling = [scale * part.scaling["default"] for scale in scales[: len(a)]]
     if min(scaling) == max(scaling):
         inner = inner * scaling[0]

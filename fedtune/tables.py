@@ -6,6 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.records import RoundRecord
 from fedtune.report import LOWER_IS_BETTER, Result, Row, human_bytes, human_time
 
 MOST_ROWS = 12  # of clients in a terminal; more are shown as best, median and worst
@@ -64,6 +65,32 @@ def of_result(result: Result) -> list[Group]:
             own.add_row(client, *cells)
         shown.append(titled(title, own))
     return shown
+
+
+AGGREGATION = {
+    "relative_error": "error",
+    "cosine": "cosine",
+    "effective_rank": "effective rank",
+    "drift": "drift",
+    "update_cosine": "update cosine",
+}
+
+
+def of_aggregation(records: Sequence[RoundRecord]) -> list[Group]:
+    """How far each round was from the mean of its clients' products; of many, some rounds."""
+    measured = [record for record in records if record.aggregation]
+    if not measured:
+        return []
+    count = min(len(measured), MOST_ROWS)
+    places = [round(k * (len(measured) - 1) / max(1, count - 1)) for k in range(count)]
+    table = Table(box=None, pad_edge=False)
+    for heading in ("round", *AGGREGATION.values()):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for record in (measured[place] for place in places):
+        values = [record.aggregation.get(key) for key in AGGREGATION]
+        cells = ("-" if value is None else f"{value:.3g}" for value in values)
+        table.add_row(str(record.round), *cells)
+    return [titled("Aggregation against the mean of the clients' products", table)]
 
 
 def mix_table(mix: dict[str, dict[str, int]], widest: int = 12) -> Group:

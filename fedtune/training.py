@@ -8,15 +8,16 @@ nothing of the optimizer outlives the round.
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 
 from fedtune import models
-from fedtune.adapter import State, fitted, rank_axis
+from fedtune.adapter import State, rank_axis
 from fedtune.config import TrainSettings
+from fedtune.lowrank import moved_most
 from fedtune.models import Model
 from fedtune.records import Sums, merge
 from fedtune.seeds import generator, seed_of
@@ -121,67 +122,108 @@ def train(model: Model, task: Task, plan: Plan, work: Work, settings: TrainSetti
     Raises:
         FloatingPointError: a loss was not finite; the client's round is void.
     """
-    live = {name: p for group in model.tensors.values() for name, p in group.items()}
-    for name, parameter in live.items():
-        parameter.requires_grad_(name in plan.trainable)
-        parameter.grad = None
-    trained = {name: live[name] for name in sorted(plan.trainable)}
-    correction = _filled({"correction": plan.correction}, live)["correction"]
-    optimizer = torch.optim.AdamW(
-        list(trained.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
-    )
+    if plan.keep < 1:
+        trial = train(model, task, replace(plan, keep=1.0), work, settings)
+        done = train(model, task, chosen(plan, trial), work, settings)
+        return replace(done, computed=done.computed + trial.computed)
     model.module.train()
-    sums: list[Sums] = []
     with (
         torch.random.fork_rng(devices=_cuda(model)),
-        opened(model, plan),
+        opened(model, plan) as live,
         models.checkpointed(model, settings.gradient_checkpointing),
     ):
         torch.manual_seed(work.seed)
-        anchors = {name: parameter.detach().clone() for name, parameter in trained.items()}
-        for batch, rate in zip(work.batches, work.rates, strict=True):
-            optimizer.param_groups[0]["lr"] = rate
-            if work.example_clip:
-                sums += _clipped_gradients(model, task, batch, trained, work.example_clip)
-            else:
-                sums.append(_gradients(model, task, batch, _penalty(plan, live)))
-            for name, parameter in trained.items():
-                if parameter.grad is None:
-                    continue
-                if settings.proximal:
-                    away = parameter.detach() - anchors[name]
-                    parameter.grad.add_(away, alpha=settings.proximal)
-                if name in correction:
-                    parameter.grad.add_(correction[name].to(parameter))
-            if settings.max_grad_norm:
-                torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+        sums = _steps(model, task, plan, work, settings, live)
+        state = {
+            group: {name: live[name].detach().to("cpu", copy=True) for name in tensors}
+            for group, tensors in plan.start.items()
+        }
     lengths = [[len(example["input_ids"]) for example in batch] for batch in work.batches]
-    after = models.read(model)
-    state = {
-        group: {name: fitted(name, after[group][name], t.shape) for name, t in tensors.items()}
-        for group, tensors in plan.start.items()
-    }
     computed = sum(len(own) * max(own) for own in lengths)
     return Trained(state, merge(sums), sum(map(sum, lengths)), computed)
 
 
+def _steps(
+    model: Model,
+    task: Task,
+    plan: Plan,
+    work: Work,
+    settings: TrainSettings,
+    live: Mapping[str, Parameter],
+) -> list[Sums]:
+    """Move the live parameters; the metrics of every batch."""
+    for name, parameter in live.items():
+        parameter.requires_grad_(name in plan.trainable)
+        parameter.grad = None
+    trained = {name: live[name] for name in sorted(plan.trainable)}
+    masks = {n: (plan.mask[n] != 0).to(p.device) for n, p in trained.items() if n in plan.mask}
+    anchors = {name: parameter.detach().clone() for name, parameter in trained.items()}
+    optimizer = torch.optim.AdamW(
+        list(trained.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
+    )
+    sums: list[Sums] = []
+    for batch, rate in zip(work.batches, work.rates, strict=True):
+        optimizer.param_groups[0]["lr"] = rate
+        if work.example_clip:
+            sums += _clipped_gradients(model, task, batch, trained, masks, work.example_clip)
+        else:
+            sums.append(_gradients(model, task, batch, _penalty(plan, live)))
+        _adjust(trained, anchors, plan, settings.proximal)
+        _masked(trained, masks)
+        if settings.max_grad_norm:
+            torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        with torch.no_grad():  # what is masked does not decay either
+            for name, mask in masks.items():
+                trained[name].copy_(torch.where(mask, trained[name], anchors[name]))
+    return sums
+
+
+def chosen(plan: Plan, trial: Trained) -> Plan:
+    """The plan that trains what moved most in its provisional pass, see `Plan.keep`."""
+    masks = moved_most(plan.start["adapter"], trial.state["adapter"], plan.keep)
+    return replace(plan, mask={**plan.mask, **masks}, keep=1.0)
+
+
+def _adjust(
+    trained: Mapping[str, Parameter], anchors: Mapping[str, Tensor], plan: Plan, proximal: float
+) -> None:
+    """Add to the gradients what the plan and the proximal term add."""
+    for name, parameter in trained.items():
+        if parameter.grad is None:
+            continue
+        if proximal:
+            parameter.grad.add_(parameter.detach() - anchors[name], alpha=proximal)
+        if name in plan.correction:
+            parameter.grad.add_(plan.correction[name].to(parameter))
+
+
+def _masked(trained: Mapping[str, Parameter], masks: Mapping[str, Tensor]) -> None:
+    for name, mask in masks.items():
+        gradient = trained[name].grad
+        if gradient is not None:
+            gradient.mul_(mask)
+
+
 @contextlib.contextmanager
-def opened(model: Model, plan: Plan) -> Iterator[None]:
-    """The model as the plan begins: its tensors, the change of the frozen weights, its scale."""
-    live = {name: p for group in model.tensors.values() for name, p in group.items()}
-    models.write(model, _filled(plan.start, live))
-    with models.shifted(model, plan.base), models.scaled(model, plan.scale):
-        yield
+def opened(model: Model, plan: Plan) -> Iterator[dict[str, Parameter]]:
+    """The model as the plan begins: its ranks, tensors and cores, its frozen weights, its scale.
 
-
-def _filled(state: State, live: Mapping[str, Tensor]) -> State:
-    """The state's tensors at the model's own rank."""
-    return {
-        group: {name: fitted(name, t, live[name].shape) for name, t in tensors.items()}
-        for group, tensors in state.items()
-    }
+    Yields:
+        The live parameters by name.
+    """
+    start = dict(plan.start)
+    core = start.pop("core", {})
+    with (
+        models.ranked(model, start.get("adapter", {})),
+        models.cored(model, core) as between,
+        models.shifted(model, plan.base),
+        models.scaled(model, plan.scale),
+    ):
+        models.write(model, start)
+        live = {name: p for group in model.tensors.values() for name, p in group.items()}
+        yield {**live, **between}
 
 
 def _scores(model: Model, task: Task, batch: Sequence[Example]) -> Scores:
@@ -207,6 +249,7 @@ def _clipped_gradients(
     task: Task,
     batch: Sequence[Example],
     trained: Mapping[str, Parameter],
+    masks: Mapping[str, Tensor],
     bound: float,
 ) -> list[Sums]:
     """Leave the mean of the examples' gradients, each clipped to the norm `bound`, likewise.
@@ -217,6 +260,7 @@ def _clipped_gradients(
     sums = []
     for example in batch:
         sums.append(_gradients(model, task, [example], lambda: 0.0))
+        _masked(trained, masks)
         gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
         squares = [g.square().sum() for g in gradients.values()]
         factor = (bound / torch.stack(squares).sum().sqrt().clamp(min=1e-12)).clamp(max=1.0)

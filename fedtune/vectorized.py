@@ -10,6 +10,7 @@ value a client in a vector, never a reason to fall back.
 import logging
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,13 @@ def obstacle(model: Model, jobs: Sequence[Job]) -> str:
     """Why a cohort cannot be trained at once, "" where it can."""
     if model.module.peft_config["default"].use_dora:
         return "adapter.dora needs the norm of each client's merged weights"
-    if set(stacked.places(model)) != {name for group in model.tensors.values() for name in group}:
+    if {name for group in model.tensors.values() for name in group} - set(stacked.places(model)):
         return "the model's head has parts that are not linear"
     names = [[name for group in plan.start.values() for name in group] for plan, _ in jobs]
     if any(own != names[0] for own in names):
         return "the clients hold different tensors"
+    if "core" in jobs[0][0].start and len({_shapes(plan) for plan, _ in jobs}) > 1:
+        return "the clients' cores have different shapes"
     if any(plan.base for plan, _ in jobs):
         bases = {digest({"base": plan.base}) for plan, _ in jobs}
         if len(bases) > 1:
@@ -50,6 +53,10 @@ def obstacle(model: Model, jobs: Sequence[Job]) -> str:
     if len({bool(work.example_clip) for _, work in jobs}) > 1:
         return "some clients clip each example's gradient and others do not"
     return ""
+
+
+def _shapes(plan: Plan) -> tuple[torch.Size, ...]:
+    return tuple(tensor.shape for group in plan.start.values() for tensor in group.values())
 
 
 def train(
@@ -75,6 +82,8 @@ def train(
     Returns:
         For each job its tensors and metrics, or the error that voided its round.
     """
+    if any(plan.keep < 1 for plan, _ in jobs):
+        return _after_trial(model, task, jobs, settings, unpadded)
     if not jobs or model.module in _apart or obstacle(model, jobs):
         return [_alone(model, task, job, settings) for job in jobs]
     try:
@@ -90,6 +99,30 @@ def train(
     log.info("%d clients do not fit into memory; %d do, perhaps", len(jobs), half)
     parts = jobs[:half], jobs[half:]
     return [done for part in parts for done in train(model, task, part, settings, unpadded)]
+
+
+def _after_trial(
+    model: Model,
+    task: Task,
+    jobs: Sequence[Job],
+    settings: TrainSettings,
+    unpadded: bool | None,
+) -> list[Outcome]:
+    """The same where some plans keep a share of their ranks: a provisional pass comes first."""
+    partial = [number for number, (plan, _) in enumerate(jobs) if plan.keep < 1]
+    whole = [(replace(jobs[n][0], keep=1.0), jobs[n][1]) for n in partial]
+    outcomes = dict(zip(partial, train(model, task, whole, settings, unpadded), strict=True))
+    trials = {n: trial for n, trial in outcomes.items() if isinstance(trial, Trained)}
+    going = [n for n in range(len(jobs)) if n in trials or n not in outcomes]
+    again = [
+        (training.chosen(jobs[n][0], trials[n]) if n in trials else jobs[n][0], jobs[n][1])
+        for n in going
+    ]
+    for n, done in zip(going, train(model, task, again, settings, unpadded), strict=True):
+        if isinstance(done, Trained) and n in trials:
+            done = replace(done, computed=done.computed + trials[n].computed)
+        outcomes[n] = done
+    return [outcomes[n] for n in range(len(jobs))]
 
 
 # Models whose clients turned out to be inseparable.

@@ -10,22 +10,23 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from fedtune import adapter, models, parts, wire
+from fedtune import adapter, aggregation, models, parts, wire
 from fedtune.adapter import Adapter, State
+from fedtune.attacks import colluded
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError, RunError
 from fedtune.heads import HeadRule
 from fedtune.models import Model
-from fedtune.privacy.aggregation import Masked, config_digest
+from fedtune.privacy.secure import Masked, config_digest
 from fedtune.records import Rejection, RoundRecord, Sums
 from fedtune.strategies.strategy import ClientInfo, Update
 from fedtune.wire import Address, RejectedError
-from server import checkpoint, exchange, journal, roster, secure_aggregation
+from server import checkpoint, exchange, joining, journal, roster, secure_aggregation
 from server.checkpoint import Checkpoint
 from server.roster import Roster
 
@@ -80,11 +81,13 @@ class Coordinator:
         for reason in self.roster.refusals:
             log.warning("a node does not take part: %s", reason)
         roster.require_quorum(self.roster, self.parts.cohort, e.coordinator)
+        joining.require(self.parts, sorted(self.roster.members))
         self._require_masks()
         self._say("roster", f"{len(self.roster.members)} clients", rounds=e.rounds)
         self.metrics = self.parts.task.metrics(self.roster.labels)
         with RESIDENT:
-            self.initial = models.initial(self._model(), e.seed)
+            principal = self.parts.strategy.begins == "principal"
+            self.initial = models.initial(self._model(), e.seed, principal=principal)
         start = checkpoint.latest(self.folder / "checkpoint", e) or self._begin()
         self.last_rounds = start.last_rounds
         journal.keep(self.folder, start.round)
@@ -95,7 +98,7 @@ class Coordinator:
 
     def _require_masks(self) -> None:
         """Refuse cohorts that could not be masked, before the first round is trained."""
-        settings, e = self.parts.aggregation, self.experiment
+        settings, e = self.parts.secure, self.experiment
         if not isinstance(settings, Masked):
             return
         names = list(self.roster.members)
@@ -124,7 +127,7 @@ class Coordinator:
             server = {**server, "head": self.initial["head"]}
         began, tally = time.monotonic(), Tally()
         evaluation = self._evaluate(server, 0, tally)
-        self._commit(server, 0, [], began, tally, evaluation, 0.0)
+        self._commit(server, 0, [], began, tally, evaluation, 0.0, {})
         return Checkpoint(0, server, {})
 
     def _round(self, server: State, round: int) -> State:
@@ -141,35 +144,31 @@ class Coordinator:
                 f"are needed (coordinator.minimum_replies). {reasons}. Nothing of this round was "
                 "kept; run the same command again to repeat it."
             )
-        after = self._aggregate(server, updates, round) if updates else server
+        after = joining.join(self.parts, server, updates, round) if updates else server
         moved = adapter.norm(adapter.subtract(after["adapter"], server["adapter"]))
+        # Of masked updates only the mean is there to compare.
+        known = [] if self.parts.secure.masks else updates
+        compared = aggregation.of_round(self.parts.strategy, server, known, after, round)
         for name in accepted:
             self.last_rounds[name] = round
         last, every = round == self.experiment.rounds, self.experiment.evaluation.every
         evaluation = self._evaluate(after, round, tally) if last or round % every == 0 else {}
-        self._commit(after, round, names, began, tally, evaluation, moved)
-        return after
-
-    def _aggregate(self, server: State, updates: Sequence[Update], round: int) -> State:
-        after = self.parts.strategy.aggregate(server, updates, self.parts.combine, round)
-        if self.head.shared and "head" in server:
-            heads = [update.state["head"] for update in updates]
-            mean = self.parts.combine(heads, [update.weight for update in updates])
-            after = {**after, "head": adapter.add(server["head"], mean)}
+        self._commit(after, round, names, began, tally, evaluation, moved, compared)
         return after
 
     def _broadcast(self, server: State, name: str, round: int) -> State:
-        info = self._info(name)
+        info = self._info(server, name)
         sent = self.parts.strategy.broadcast(server, info, round)
         own_head = self.head.trained and not self.head.shared and info.last_round
         if "head" in server and not own_head:
             sent = {**sent, "head": server["head"]}
         return sent
 
-    def _info(self, name: str) -> ClientInfo:
+    def _info(self, server: State, name: str) -> ClientInfo:
         member = self.roster.members[name]
         last = self.last_rounds.get(name, 0)
-        return ClientInfo(name, member.examples, last, self.roster.rank(name, self.dealt))
+        dealt = ClientInfo(name, member.examples, last, self.roster.rank(name, self.dealt))
+        return replace(dealt, rank=self.parts.strategy.client_rank(server, dealt))
 
     def _ask(
         self,
@@ -185,7 +184,7 @@ class Coordinator:
         Bytes are counted for each client as if it had messages of its own: what travels together on
         one machine would not between institutions.
         """
-        infos = [self._info(name) for name in names]
+        infos = [self._info(server, name) for name in names]
         addresses = {
             who.name: Address(
                 self.run_id, self.arm, round, who.name, who.last_round, scope, who.rank
@@ -225,13 +224,14 @@ class Coordinator:
         self, server: State, names: Sequence[str], round: int, tally: Tally
     ) -> list[Update]:
         """Accepted updates, sorted by client name; one for all where they are masked."""
-        if isinstance(self.parts.aggregation, Masked):
-            return self._collect_masked(self.parts.aggregation, server, names, round, tally)
+        if isinstance(self.parts.secure, Masked):
+            return self._collect_masked(self.parts.secure, server, names, round, tally)
         strategy, updates = self.parts.strategy, []
         # Each reply is decoded as it comes, so that its bytes need not stay beside its tensors.
         for name, address, content in self._ask("train", server, names, round, tally):
             try:
-                schema = strategy.payload(self.initial["adapter"], self._info(name), round)
+                info = self._info(server, name)
+                schema = strategy.payload(self.initial["adapter"], info, round)
                 if self.head.shared and "head" in self.initial:
                     schema = {**schema, "head": self.initial["head"]}
                 examples = self.roster.members[name].examples
@@ -247,7 +247,8 @@ class Coordinator:
             tally.tokens = [a + b for a, b in zip(tally.tokens, tokens, strict=True)]
         tally.train = dict(sorted(tally.train.items()))
         tally.rejected.sort(key=lambda rejection: rejection.client)
-        return sorted(updates, key=lambda update: update.client)
+        updates.sort(key=lambda update: update.client)
+        return colluded(updates, self.parts.attack, sorted(self.roster.members))
 
     def _collect_masked(
         self, settings: Masked, server: State, names: Sequence[str], round: int, tally: Tally
@@ -304,16 +305,18 @@ class Coordinator:
         last = round == self.experiment.rounds
         scopes = ["own"]
         tested = [name for name, member in self.roster.members.items() if member.test_examples]
-        if last and tested and self.parts.strategy.personal and len(self.roster.members) > 1:
+        several = len(self.roster.members) > 1 and self.experiment.evaluation.pooled
+        if last and tested and self.parts.strategy.personal and several:
             scopes.append("pooled")
         evaluation: dict[str, dict[str, Sums]] = {}
+        expected = self.metrics | self.parts.attack.metrics
         for scope in scopes:
             names = tested if scope == "own" else list(self.roster.members)
             contents, sums = {}, {}
             for name, address, content in self._ask("evaluate", server, names, round, tally, scope):
                 contents[name] = content
                 try:
-                    sums[name] = wire.gate_metrics(content, address, self.metrics)
+                    sums[name] = wire.gate_metrics(content, address, expected)
                 except RejectedError as error:
                     self._reject(tally, Rejection(name, error.code, error.reason))
             evaluation[scope] = dict(sorted(sums.items()))
@@ -330,6 +333,7 @@ class Coordinator:
         tally: Tally,
         evaluation: dict[str, dict[str, Sums]],
         moved: float,
+        compared: dict[str, float],
     ) -> None:
         record = RoundRecord(
             round=round,
@@ -343,6 +347,7 @@ class Coordinator:
             evaluation=evaluation,
             update_norm=moved,
             tokens=tally.tokens,
+            aggregation=compared,
         )
         journal.append(self.folder, record)
         checkpoint.commit(

@@ -19,7 +19,6 @@ from fedtune import adapter, wire
 from fedtune.adapter import State
 from fedtune.errors import RunError
 from fedtune.privacy import ring, unmasking
-from fedtune.privacy.aggregation import Masked as Settings
 from fedtune.privacy.identity import SMALLEST
 from fedtune.privacy.letters import (
     Delivery,
@@ -41,6 +40,7 @@ from fedtune.privacy.letters import (
 from fedtune.privacy.masks import Words
 from fedtune.privacy.protocol import checked
 from fedtune.privacy.ring import Layout, Totals
+from fedtune.privacy.secure import Masked as Settings
 from fedtune.privacy.unmasking import Pending
 from fedtune.records import Rejection
 from fedtune.wire import Address, RejectedError

@@ -15,7 +15,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from browser import launched
 from hypothesis import settings
+from playwright.sync_api import Browser
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
@@ -181,3 +183,10 @@ def tiny(tiny_bert: Path, three_clients: Path, tmp_path: Path) -> Experiment:
         train__learning_rate=0.01,
         train__batch_size=4,
     )
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    """A headless Chromium; its event loop must not outlive the module that needs it."""
+    with launched() as opened:
+        yield opened

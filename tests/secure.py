@@ -8,7 +8,6 @@ from functools import cached_property
 import numpy as np
 
 from fedtune.privacy import protocol, unmasking
-from fedtune.privacy.aggregation import Masked
 from fedtune.privacy.identity import Identity, simulated
 from fedtune.privacy.letters import (
     Delivery,
@@ -25,6 +24,7 @@ from fedtune.privacy.letters import (
     read,
 )
 from fedtune.privacy.masks import Words, keystream
+from fedtune.privacy.secure import Masked
 from fedtune.privacy.stages import Committed, Dealt, Done, Draw, Keyed, Mask, Rules, Waiting
 
 RUN, CONFIG, LAYOUT, MODEL = "study-0123/", b"config", b"layout", b"model"

@@ -1,10 +1,12 @@
 """A whole run whose clients are trained together is the run whose clients are trained in turn."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from flwr.app import Context, Message
 from safetensors.torch import load_file
 
 from clients.app import app as client_app
@@ -16,6 +18,9 @@ from fedtune.config import Experiment
 from fedtune.strategies import STRATEGIES
 from fedtune.wire import Address
 from server.app import app as server_app
+
+# What they keep, at the coordinator or at clients, is more than an adapter.
+KEEPING = ["fed_sb", "fedalt", "feddpa", "fedsa_lora", "pf2lora", "ravan", "scaffold"]
 
 
 @pytest.mark.parametrize("strategy", sorted(STRATEGIES))
@@ -80,3 +85,30 @@ def test_what_cannot_be_trained_together_is_said_once(
     told = [r for r in caplog.records if "one after another" in r.getMessage()]
     assert len(told) == 1
     assert "adapter.dora" in told[0].getMessage()
+
+
+@pytest.mark.parametrize("strategy", KEEPING)
+def test_a_run_that_was_stopped_ends_with_the_same_bytes(tiny: Experiment, strategy: str) -> None:
+    """Whatever a strategy keeps, at the coordinator or at its clients; stopped in round 3 of 4."""
+    folders = []
+    for stopped in (False, True):
+        e = tiny.replace(name=f"{strategy}-{stopped}".lower(), strategy=strategy, rounds=4)
+        folders.append(parts.folder_of(e))
+
+        def stopping(message: Message, context: Context) -> Message:
+            if message.metadata.group_id == "3":
+                raise KeyboardInterrupt
+            return client_app(message, context)
+
+        def run(e: Experiment, client: Callable[[Message, Context], Message]) -> None:
+            grid = CohortGrid(client, e.flat(), together=0)
+            server_app(grid, grid.server_context({"arms": ""}))
+
+        if stopped:
+            with pytest.raises(KeyboardInterrupt):
+                run(e, stopping)
+        run(e, client_app)
+    files = [sorted(folder.rglob("*.safetensors")) for folder in folders]
+    assert [len(found) for found in files] == [len(files[0])] * 2
+    for left, right in zip(*files, strict=True):
+        assert left.read_bytes() == right.read_bytes()

@@ -78,6 +78,24 @@ def test_run_as_a_script_reads_it(tiny: Experiment, tmp_path: Path, fedtune) -> 
     assert json.loads(out)["folder"].endswith("runs/tiny")
 
 
+def test_every_round_prints_its_aggregation_error(
+    tiny: Experiment,
+    tmp_path: Path,
+    fedtune,  # type: ignore
+) -> None:
+    """The one that rounds.jsonl has; FedIT's mean of factors errs once clients differ in both."""
+    code, out, _ = fedtune("run", write_recipe(tiny, tmp_path))
+    assert code == 0
+    lines = (parts.folder_of(tiny) / "rounds.jsonl").read_text().splitlines()[1:]
+    errors = [json.loads(line)["aggregation"]["relative_error"] for line in lines]
+    assert len(errors) == 3
+    assert all(0 < error < 1 for error in errors)
+    printed = [line for line in out.splitlines() if ": round " in line]
+    for line, error in zip(printed, errors, strict=True):
+        assert f"aggregation error {error:.2g}" in line
+    assert "Aggregation against the mean of the clients' products" in out
+
+
 def test_plan_counts_what_run_sends(tiny: Experiment, tmp_path: Path, fedtune) -> None:  # type: ignore
     recipe = write_recipe(tiny, tmp_path)
     code, out, _ = fedtune("plan", recipe, "--json")

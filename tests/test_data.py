@@ -304,3 +304,23 @@ def test_require_names_the_missing_column_and_a_near_one() -> None:
         require(rows, ["text", "label"], "The rows of north")
     for part in ("rows of north", "'label'", "Did you mean 'labels'?", "text, labels"):
         assert part in str(caught.value)
+
+
+def test_a_limit_keeps_the_same_rows_always_and_every_test_row(tmp_path: Path) -> None:
+    rows = "".join(f'{{"text": "t{n}", "label": "{n // 25}"}}\n' for n in range(100))
+    file = written(tmp_path, rows)
+
+    def kept(limit: int) -> list[str]:
+        loaded = Jsonl(str(file), str(file), limit).load()
+        assert loaded.test is not None
+        assert len(loaded.test) == 100
+        return list(loaded.train["text"])
+
+    assert kept(0) == kept(100) == kept(1000) == [f"t{n}" for n in range(100)]
+    few = kept(40)
+    assert few == kept(40)
+    assert len(set(few)) == 40
+    assert few == sorted(few, key=lambda text: int(text[1:]))  # in the file's order
+    assert {int(text[1:]) // 25 for text in few} == {0, 1, 2, 3}  # and not its beginning
+    with pytest.raises(RecipeError, match="limit must be at least 0"):
+        build("jsonl(train='a.jsonl', limit=-1)", SOURCES, "data.source")

@@ -20,10 +20,11 @@ from clients import app, client, pool
 from fedtune import launch, parts, wire
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
+from fedtune.processes import can_fork
 from server.app import app as server_app
 
 ROOT = Path(__file__).parent.parent
-pytestmark = pytest.mark.skipif(not pool.can_fork(1), reason="workers are forked on Linux only")
+pytestmark = pytest.mark.skipif(not can_fork(1), reason="workers are forked on Linux only")
 
 
 def records(folder: Path) -> list[dict[str, object]]:

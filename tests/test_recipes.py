@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 
-from fedtune import bases, parts
+from fedtune import bases, parts, study_file
 from fedtune.config import Experiment
 
 ROOT = Path(__file__).parent.parent
-RECIPES = sorted((ROOT / "experiments").rglob("*.toml"))
-COUNT = 4
+FILES = sorted((ROOT / "experiments").rglob("*.toml"))
+STUDIES = [path for path in FILES if "\n[vary]\n" in path.read_text(encoding="utf-8")]
+RECIPES = [path for path in FILES if path not in STUDIES]
+COUNT = {"recipes": 4, "studies": 1}
 
 
 def test_none_is_forgotten() -> None:
-    assert len(RECIPES) == COUNT
+    assert {"recipes": len(RECIPES), "studies": len(STUDIES)} == COUNT
     listed = (ROOT / "experiments" / "README.md").read_text(encoding="utf-8")
     for path in (ROOT / "experiments").glob("*.toml"):
         assert f"({path.name})" in listed
@@ -26,6 +28,16 @@ def test_it_resolves_and_its_header_has_the_command(path: Path) -> None:
     assert parts.resolve(experiment)
     header = path.read_text(encoding="utf-8").split("\n\n")[0]
     assert re.search(rf"^#   .*(fedtune run experiments/{path.name}|one_machine\.sh)", header, re.M)
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_a_study_resolves_every_cell_and_its_header_has_the_command(path: Path) -> None:
+    study = study_file.load(path)
+    assert len(study.seeds) >= 3
+    assert study.question
+    assert len(study.cells()) == len(study.conditions()) * len(study.seeds) * len(study.arms)
+    header = path.read_text(encoding="utf-8").split("\n\n")[0]
+    assert f"#   fedtune compare experiments/{path.name}" in header
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

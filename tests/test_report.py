@@ -9,8 +9,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from browser import DESK, PHONE, visit
 from hypothesis import given
 from hypothesis import strategies as st
+from playwright.sync_api import Browser
 from rich.console import Console
 
 from fedtune import page, report, tables
@@ -198,6 +200,56 @@ def test_the_page_is_whole_and_asks_nobody(folder: Path) -> None:
     for title in ("What federation bought", "What each client holds", "Traffic by round"):
         assert title in text
     assert "withheld" not in re.sub(r"<script>.*?</script>", "", text, flags=re.DOTALL)
+
+
+def test_a_browser_draws_the_page_without_complaint(folder: Path, browser: Browser) -> None:
+    """Curves, clients' curves, the mix, the aggregation, traffic, time."""
+    path, run = folder / "report.html", report.read(folder)
+    for number in (1, 2):
+        figures = {"relative_error": 0.1**number, "drift": 1.5}
+        run.records[number] = replace(run.records[number], aggregation=figures)
+    page.write(run, path)
+    with visit(browser, path) as seen:
+        seen.settle()
+        assert seen.page.locator("table").count() == 3
+        drawn = seen.drawn()
+        assert len(drawn) == 6
+        for plot in drawn:
+            assert float(plot["width"]) > 200, plot
+            assert float(plot["height"]) > 100, plot
+            assert float(plot["marks"]) > 0, plot
+        assert seen.too_wide(PHONE) == []
+        assert seen.too_wide(DESK) == []
+        assert seen.complaints == []
+        assert seen.requests == [path.as_uri()]
+
+
+def test_the_aggregation_of_every_round_is_shown(folder: Path) -> None:
+    """A round without figures has none shown; a figure that a round lacks is a dash."""
+    run = report.read(folder)
+    assert tables.of_aggregation(run.records) == []
+    page.write(run, folder / "report.html")
+    assert "Aggregation, round by round" not in (folder / "report.html").read_text("utf-8")
+    run.records[1] = replace(run.records[1], aggregation={"relative_error": 0.0123, "drift": 1.5})
+    run.records[2] = replace(run.records[2], aggregation={"relative_error": 4.5e-8})
+    printed = io.StringIO()
+    (table,) = tables.of_aggregation(run.records)
+    Console(width=80, file=printed).print(table)
+    lines = [line.split() for line in printed.getvalue().splitlines()[3:]]
+    assert lines == [["1", "0.0123", "-", "-", "1.5", "-"], ["2", "4.5e-08", "-", "-", "-", "-"]]
+    page.write(run, folder / "report.html")
+    text = (folder / "report.html").read_text("utf-8")
+    assert "<td>0.0123</td>" in text
+    assert "Aggregation error by round" in text
+
+
+def test_of_many_rounds_some_are_tabled() -> None:
+    records = [replace(record(k, (0, 0)), aggregation={"cosine": 1.0}) for k in range(1, 101)]
+    printed = io.StringIO()
+    Console(width=80, file=printed).print(tables.of_aggregation(records)[0])
+    rounds = [int(line.split()[0]) for line in printed.getvalue().splitlines()[3:]]
+    assert len(rounds) == tables.MOST_ROWS
+    assert (rounds[0], rounds[-1]) == (1, 100)
 
 
 def test_names_from_data_cannot_become_code(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_a_supernode_killed_in_the_middle_leaves_the_exact_sum_of_the_others(
     assert [client["examples"] for client in roster["clients"]] == [None] * 4
     before = (folder / "checkpoint" / "round-000000").glob("*.safetensors")
     start = {path.stem: load_file(path) for path in before}
-    grid = parts.resolve(experiment).aggregation.grid(4, "examples")  # type: ignore[attr-defined]
+    grid = parts.resolve(experiment).secure.grid(4, "examples")  # type: ignore[attr-defined]
     units = grid.scale * rows / grid.cap  # of the grid, in the mean
     wanted = survivors_only(experiment, tmp_path)
     for group_, tensors in final(folder).items():

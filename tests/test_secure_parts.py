@@ -17,10 +17,10 @@ from secure import Table, refusal, stream
 from fedtune.adapter import State
 from fedtune.errors import RecipeError
 from fedtune.privacy import masks, ring
-from fedtune.privacy.aggregation import Masked
 from fedtune.privacy.identity import Identity, Manifest, line_of, new_key, read_key
 from fedtune.privacy.letters import Entry, RefusedError, Session, body_of, joined, read
 from fedtune.privacy.ring import Contribution, Grid, Layout
+from fedtune.privacy.secure import Masked
 from fedtune.privacy.sharing import P, combine, split
 
 ANSWERS = Path(__file__).parent / "secure_aggregation.json"

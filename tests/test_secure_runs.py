@@ -67,7 +67,7 @@ def state(folder: Path, round: int) -> dict[str, torch.Tensor]:
 
 def step_of(experiment: Experiment, rows: int) -> float:
     """The largest error of a round's mean: n / s, over the share of the cap that the rows are."""
-    settings = parts.resolve(experiment).aggregation
+    settings = parts.resolve(experiment).secure
     grid = settings.grid(len(SIZES), experiment.weighting)  # type: ignore[attr-defined]
     scale: float = grid.scale * (rows / grid.cap)
     return len(SIZES) / scale
@@ -378,9 +378,12 @@ def test_a_round_that_was_revealed_is_never_summed_again(four: Experiment) -> No
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": "flora"}, "strategy = 'flora' needs each client's"),
-        ({"strategy": "centralized"}, "strategy = 'centralized' needs each client's"),
+        ({"strategy": "flora"}, "strategy = 'flora', which needs each client's"),
+        ({"strategy": "centralized"}, "strategy = 'centralized', which needs each"),
         ({"strategy": "scaffold"}, "Set weighting = 'uniform'"),
+        ({"strategy": "ffa_lora", "combine": "median"}, "combine = 'median', which compares"),
+        ({"strategy": "hetlora_sum", "adapter.ranks": "1,2"}, "only equal tensors add up"),
+        ({"attack": "alie"}, "forges replies from others"),
         ({"secure_aggregation": "masked(threshold=0.5)"}, "between 2/3 and 1"),
         ({"secure_aggregation": "masked(bound=0.0)"}, "bound above 0"),
         ({"secure_aggregation": "mask"}, "Did you mean 'masked'?"),
@@ -390,7 +393,7 @@ def test_what_cannot_be_masked_is_refused(
     four: Experiment, changes: dict[str, str], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
-        parts.resolve(masked(four).replace(**changes))
+        parts.resolve(Experiment.from_flat(masked(four).flat() | changes))
 
 
 @pytest.mark.parametrize(

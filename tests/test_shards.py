@@ -236,6 +236,36 @@ def test_minimum_counts_training_rows_after_tests_are_held_out(rows: Path) -> No
         shards.load(settings(rows, "iid", clients=10, minimum=6), 0)
 
 
+@pytest.mark.parametrize("own_tests", [True, False])
+def test_validation_rows_come_out_of_the_training_rows(
+    rows: Path, tmp_path: Path, own_tests: bool
+) -> None:
+    """While settings are tuned, nobody sees a test row, and no other row is held by others."""
+    tests = [{"text": f"test{i}", "label": "l0", "client": "big"} for i in range(5)]
+    test = save(tmp_path / "test.jsonl", tests) if own_tests else ""
+
+    def held(fraction: float) -> dict[str, Shard]:
+        data = settings(rows, "by_column", test, minimum=1, validation_fraction=fraction)
+        return {shard.name: shard for shard in shards.load(data, 0)}
+
+    real, tuned = held(0.0), held(0.25)
+    assert real.keys() == tuned.keys()
+    for name, shard in real.items():
+        train, validation = set(tuned[name].train["text"]), set(tuned[name].test["text"])
+        assert train | validation == set(shard.train["text"])
+        assert not train & validation
+        assert not validation & set(shard.test["text"])
+    assert sum(len(shard.test) for shard in tuned.values()) > 10
+    assert held(0.25)["big"].test["text"] == tuned["big"].test["text"]
+
+
+def test_validation_leaves_the_minimum_to_train_on(rows: Path) -> None:
+    data = settings(rows, "iid", clients=12, minimum=4, validation_fraction=0.9)
+    assert [(len(s.train), len(s.test)) for s in shards.load(data, 0)] == [(4, 0)] * 12
+    fewer = settings(rows, "iid", clients=12, minimum=3, validation_fraction=0.9)
+    assert [(len(s.train), len(s.test)) for s in shards.load(fewer, 0)] == [(3, 1)] * 12
+
+
 @few
 @given(SEEDS)
 def test_dirichlet_honours_the_minimum(seed: int) -> None:

@@ -1,22 +1,28 @@
 """The contract of every strategy, over the registry: a new one joins by its line there."""
 
+import re
 from collections.abc import Sequence
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from rounds import strategy_of
 
 from fedtune.adapter import Adapter, State, add, at_rank, digest, norm, subtract
 from fedtune.combine import Mean
 from fedtune.config import Experiment
+from fedtune.cores import folded
 from fedtune.errors import RecipeError
 from fedtune.lowrank import products, stack, svd
+from fedtune.parts import resolve
+from fedtune.seeds import generator
 from fedtune.strategies import STRATEGIES
 from fedtune.strategies.scaffold import Scaffold
 from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
-COUNT = 10
+COUNT = 24
+TURNED = {"fedrot"}  # its clients turn their factors themselves
 ANYBODY = ClientInfo("any", 1)
 names = pytest.mark.parametrize("name", sorted(STRATEGIES))
 
@@ -32,12 +38,13 @@ def adapter_of(seed: int, dtype: torch.dtype = torch.float64) -> Adapter:
 
 def trained_by(plan: Plan, seed: int) -> State:
     """The plan's start, its trainable tensors moved: what any training returns."""
-    moves = adapter_of(seed)
+
+    def moved(name: str, tensor: torch.Tensor) -> torch.Tensor:
+        drawn = torch.randn(tensor.shape, generator=generator(seed, name), dtype=tensor.dtype)
+        return tensor + 0.1 * drawn * plan.mask.get(name, torch.ones_like(tensor))
+
     return {
-        group: {
-            name: tensor + 0.1 * moves[name] if name in plan.trainable else tensor
-            for name, tensor in adapter.items()
-        }
+        group: {n: moved(n, t) if n in plan.trainable else t for n, t in adapter.items()}
         for group, adapter in plan.start.items()
     }
 
@@ -65,11 +72,17 @@ def _name(update: Update) -> str:
 
 
 def effective(state: State) -> dict[str, torch.Tensor]:
-    """Each module's dense change of the frozen weights: the base's and the adapter's product."""
+    """Each module's dense change of the frozen weights: the base's and the adapter's product.
+
+    A coordinator that keeps a frame has the core in its adapter already.
+    """
     change = dict(products(state.get("base", {})))
+    adapter = state["adapter"]
+    if "core" in state and "frame" not in state:
+        adapter = folded(adapter, state["core"])
     return {
         module: own.dense() + (change[module].dense() if module in change else 0.0)
-        for module, own in products(state["adapter"])
+        for module, own in products(adapter)
     }
 
 
@@ -83,7 +96,7 @@ def test_the_registry_is_as_large_as_this_file_knows() -> None:
 
 @names
 def test_what_is_sent_is_what_the_gate_expects(name: str) -> None:
-    strategy = STRATEGIES[name]()
+    strategy = strategy_of(name)
     server = strategy.start(adapter_of(0))
     for round in (1, 2, 3):
         turn = Turn(round, strategy.broadcast(server, ClientInfo("x", 5), round), {})
@@ -96,7 +109,7 @@ def test_what_is_sent_is_what_the_gate_expects(name: str) -> None:
 
 @names
 def test_what_is_not_trained_is_not_shared(name: str) -> None:
-    strategy = STRATEGIES[name]()
+    strategy = strategy_of(name)
     for tensor in adapter_of(0):
         for round in (1, 2, 3):
             assert strategy.trains(tensor, round) or not strategy.shares(tensor, round)
@@ -104,7 +117,7 @@ def test_what_is_not_trained_is_not_shared(name: str) -> None:
 
 @names
 def test_states_are_returned_and_not_changed(name: str) -> None:
-    strategy = STRATEGIES[name]()
+    strategy = strategy_of(name)
     server = strategy.start(adapter_of(0))
     before = digest(server)
     turn = Turn(1, strategy.broadcast(server, ClientInfo("x", 5), 1), {})
@@ -116,9 +129,22 @@ def test_states_are_returned_and_not_changed(name: str) -> None:
 
 
 @names
+def test_a_head_beside_the_adapter_is_left_alone(name: str) -> None:
+    """The coordinator keeps one in the same state, and joins it by itself."""
+    strategy = strategy_of(name)
+    head = {"classifier.weight": torch.ones(2, 3)}
+    server: State = {**strategy.start(adapter_of(0)), "head": head}
+    for round in (1, 2):
+        _, updates = changes(strategy, server, round)
+        server = strategy.aggregate(server, updates, Mean(), round)
+    assert server["head"] is head
+
+
+@names
 def test_one_client_is_plain_training(name: str) -> None:
     """K = 1: after two rounds the model is the one that the client trained."""
-    strategy = STRATEGIES[name]()
+    strategy = strategy_of(name)
+    unturned = strategy.fixed_frame and name not in TURNED
     server, personal = strategy.start(adapter_of(0)), {"x": State()}
     expected: State = {}
     for round in (1, 2):
@@ -127,31 +153,32 @@ def test_one_client_is_plain_training(name: str) -> None:
         plan = strategy.plan(turn)
         if expected:
             same = {"adapter": plan.start["adapter"]}
-            assert close(same, expected) or not strategy.fixed_frame
+            assert close(same, expected) or not unturned
         expected = {**trained_by(plan, 1 + round), "base": plan.base}
         sent, personal["x"] = strategy.reply(turn, plan, expected)
         server = strategy.aggregate(server, [Update("x", 3.0, sent)], Mean(), round)
     turn = Turn(3, strategy.broadcast(server, ClientInfo("x", 10, 2), 3), personal["x"])
     plan = strategy.plan(turn)
-    final: State = {"adapter": plan.start["adapter"], "base": plan.base}
-    if strategy.fixed_frame:
+    final: State = {**plan.start, "base": plan.base}
+    if unturned:
         assert close({"adapter": final["adapter"]}, {"adapter": expected["adapter"]})
     torch.testing.assert_close(effective(final), effective(expected))
 
 
 @names
 def test_equal_clients_are_one_client(name: str) -> None:
-    strategy = STRATEGIES[name]()
+    strategy = strategy_of(name)
     alone, kept = play(strategy, {"a": 1}, {"a": 1.0})
     together, all_kept = play(strategy, {"a": 1, "b": 1, "c": 1}, {"a": 1.0, "b": 5.0, "c": 2.0})
-    assert close(alone, together) or not strategy.fixed_frame
+    same = close({"adapter": alone["adapter"]}, {"adapter": together["adapter"]})
+    assert same or not strategy.fixed_frame
     torch.testing.assert_close(effective(alone), effective(together), rtol=1e-10, atol=1e-10)
     assert all(close(state, kept["a"]) for state in all_kept.values())
 
 
 @names
 def test_the_order_of_clients_does_not_matter(name: str) -> None:
-    strategy, weights = STRATEGIES[name](), {"a": 1.0, "b": 2.0, "c": 7.0}
+    strategy, weights = strategy_of(name), {"a": 1.0, "b": 2.0, "c": 7.0}
     forward, _ = play(strategy, {"a": 1, "b": 2, "c": 3}, weights)
     backward, _ = play(strategy, {"c": 3, "a": 1, "b": 2}, weights)
     assert digest(forward) == digest(backward)
@@ -160,7 +187,7 @@ def test_the_order_of_clients_does_not_matter(name: str) -> None:
 @names
 @given(scale=st.floats(1e-3, 1e3))
 def test_weights_matter_up_to_a_factor_only(name: str, scale: float) -> None:
-    strategy = STRATEGIES[name]()
+    strategy = strategy_of(name)
     weights = {"a": 1.0, "b": 2.0}
     first, _ = play(strategy, {"a": 1, "b": 2}, weights, 1)
     second, _ = play(strategy, {"a": 1, "b": 2}, {k: scale * v for k, v in weights.items()}, 1)
@@ -170,7 +197,7 @@ def test_weights_matter_up_to_a_factor_only(name: str, scale: float) -> None:
 @names
 def test_a_round_can_be_repeated_from_the_states_alone(name: str) -> None:
     """Nothing is remembered outside the states: two instances, interleaved, agree bitwise."""
-    first, second = STRATEGIES[name](), STRATEGIES[name]()
+    first, second = strategy_of(name), strategy_of(name)
     play(first, {"z": 8}, {"z": 1.0})
     one, _ = play(first, {"a": 1, "b": 2}, {"a": 1.0, "b": 2.0})
     two, _ = play(second, {"a": 1, "b": 2}, {"a": 1.0, "b": 2.0})
@@ -253,7 +280,7 @@ def changes(strategy: Strategy, server: State, round: int) -> tuple[list[State],
 @pytest.mark.parametrize("name", ["ffa_lora", "rolora", "fedsvd"])
 def test_with_one_factor_frozen_the_mean_of_products_is_exact(name: str) -> None:
     """sum_i p_i B_i A_i = B-bar A-bar every round, to 1e-10 in float64."""
-    strategy, server = STRATEGIES[name](), STRATEGIES[name]().start(adapter_of(0))
+    strategy, server = strategy_of(name), strategy_of(name).start(adapter_of(0))
     for round in (1, 2, 3, 4):
         trained, updates = changes(strategy, server, round)
         server = strategy.aggregate(server, updates, Mean(), round)
@@ -294,7 +321,7 @@ def test_flexlora_does_not_see_a_clients_gauge() -> None:
     drawn = torch.randn(2, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     rotation = torch.linalg.qr(drawn)[0]
     for name, same in (("flexlora", True), ("fedit", False)):
-        strategy = STRATEGIES[name]()
+        strategy = strategy_of(name)
         server = strategy.start(adapter_of(0))
         _, updates = changes(strategy, server, 1)
         turn = Turn(1, strategy.broadcast(server, ClientInfo("a", 9), 1), {})
@@ -366,7 +393,7 @@ def test_fedsvd_keeps_rows_orthonormal_and_inside_the_first_ones() -> None:
 
 @pytest.mark.parametrize("name", ["fedsvd", "flexlora"])
 def test_where_nothing_was_learnt_a_stays_as_it_was(name: str) -> None:
-    strategy, start = STRATEGIES[name](), adapter_of(0)
+    strategy, start = strategy_of(name), adapter_of(0)
     start = {n: torch.zeros_like(t) if "lora_B" in n else t for n, t in start.items()}
     server = strategy.start(start)
     turn = Turn(1, strategy.broadcast(server, ClientInfo("a", 9), 1), {})
@@ -436,10 +463,6 @@ def test_local_only_sends_nothing_and_keeps_its_own() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"strategy": "ffa_lora", "adapter__dora": True}, "adapter.dora = true"),
-        ({"strategy": "rolora", "adapter__dora": True}, "adapter.dora = true"),
-        ({"strategy": "fedsvd", "adapter__dora": True}, "adapter.dora = true"),
-        ({"strategy": "flexlora", "adapter__dora": True}, "adapter.dora = true"),
         ({"strategy": "scaffold", "cohort": "fixed(size=2)"}, "cohort = 'fixed(size=2)'"),
         ({"strategy": "centralized", "cohort": "fixed(size=2)"}, "cohort = 'fixed(size=2)'"),
     ],
@@ -450,3 +473,42 @@ def test_what_has_no_meaning_is_refused(changes: dict[str, str | bool], message:
         STRATEGIES[experiment.strategy]().check(experiment)
     assert message in str(error.value)
     assert "Set " in str(error.value)
+
+
+@names
+def test_quantized_weights_are_refused_where_they_would_change(name: str) -> None:
+    experiment = Experiment().replace(strategy=name, model__quantization="nf4")
+    if not STRATEGIES[name].changes_base:
+        assert resolve(experiment).strategy == STRATEGIES[name]()
+        return
+    with pytest.raises(RecipeError, match=f"strategy = '{name}'.*quantization = 'nf4'.*Set "):
+        resolve(experiment)
+
+
+@names
+def test_another_start_is_refused_where_the_weights_give_it(name: str) -> None:
+    experiment = Experiment().replace(strategy=name, adapter__init="gaussian")
+    if STRATEGIES[name].begins == "random":
+        assert resolve(experiment).strategy == STRATEGIES[name]()
+        return
+    with pytest.raises(RecipeError, match=f"strategy = '{name}'.*init = 'gaussian'.*Set "):
+        resolve(experiment)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "flora(energy=0.0)",
+        "fedmomentum(energy=1.1)",
+        "fedex_lora(rank=-1)",
+        "hetlora(keep=0.0)",
+        "hetlora(penalty=-1.0)",
+        "lora_fair(regularizer=-0.1)",
+        "fedrot(strength=2.0)",
+    ],
+)
+def test_parameters_outside_their_range_are_refused(text: str) -> None:
+    """The message has the strategy, the parameter, its value and what it must be."""
+    name, key, value = re.match(r"(\w+)\((\w+)=(.*)\)", text).groups()  # type: ignore[union-attr]
+    with pytest.raises(RecipeError, match=f"{name}: {key} = {value} must be"):
+        strategy_of(text)

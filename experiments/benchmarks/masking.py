@@ -22,8 +22,8 @@ from clients.local import NODE, LocalGrid, failed, identified
 from clients.secure_aggregation import Desk
 from fedtune import adapter, wire
 from fedtune.adapter import State
-from fedtune.privacy.aggregation import Masked
 from fedtune.privacy.identity import Identity, simulated
+from fedtune.privacy.secure import Masked
 from fedtune.privacy.stages import Rules
 from fedtune.wire import Address
 from server import secure_aggregation

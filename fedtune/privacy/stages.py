@@ -7,7 +7,6 @@ is in a stage for as long as a later leg needs it. A stage is a letter to onesel
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from fedtune.privacy.aggregation import Masked as Settings
 from fedtune.privacy.identity import Identity
 from fedtune.privacy.letters import (
     Entry,
@@ -20,6 +19,7 @@ from fedtune.privacy.letters import (
     signature,
 )
 from fedtune.privacy.masks import Words, add_stream
+from fedtune.privacy.secure import Masked as Settings
 
 Draw = Callable[[int], bytes]
 

@@ -6,10 +6,14 @@ each factor. The product of the means is not the mean of the products unless all
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
+from fedtune.combine import DISTANCES, Family
 from fedtune.strategies.strategy import Strategy
 
 
 @dataclass(frozen=True)
 class FedIT(Strategy):
     """The mean of A and the mean of B, weighted by examples: what the interface does by itself."""
+
+    combines: ClassVar[frozenset[Family]] = DISTANCES

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.adapter import State, pick
+from fedtune.combine import EVERY, Family
 from fedtune.strategies.strategy import Plan, Strategy, Turn
 
 
@@ -16,6 +17,7 @@ from fedtune.strategies.strategy import Plan, Strategy, Turn
 class FedSALoRA(Strategy):
     """Both factors are trained; only A leaves. A client that is new begins from the common B."""
 
+    combines: ClassVar[frozenset[Family]] = EVERY
     personal: ClassVar[bool] = True
 
     def shares(self, name: str, round: int) -> bool:

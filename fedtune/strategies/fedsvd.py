@@ -10,9 +10,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from fedtune.adapter import State
-from fedtune.combine import Combine
-from fedtune.config import Experiment
-from fedtune.errors import RecipeError
+from fedtune.combine import EVERY, Combine, Family
 from fedtune.lowrank import Product, truncate, with_products
 from fedtune.strategies.strategy import Strategy, Update
 
@@ -21,6 +19,8 @@ from fedtune.strategies.strategy import Strategy, Update
 class FedSVD(Strategy):
     """Only B is trained and shared; the coordinator turns both factors."""
 
+    combines: ClassVar[frozenset[Family]] = EVERY
+    admits_dora: ClassVar[bool] = False
     fixed_frame: ClassVar[bool] = False
 
     def trains(self, name: str, round: int) -> bool:
@@ -31,13 +31,6 @@ class FedSVD(Strategy):
     ) -> State:
         after = super().aggregate(server, updates, combine, round)
         return {**after, "adapter": with_products(after["adapter"], _turned)}
-
-    def check(self, experiment: Experiment) -> None:
-        if experiment.adapter.dora:
-            raise RecipeError(
-                "strategy = 'fedsvd' keeps the product of B and A, but adapter.dora = true trains "
-                "a norm beside it. Set adapter.dora = false."
-            )
 
 
 def _turned(module: str, product: Product) -> Product:

@@ -6,9 +6,9 @@ https://arxiv.org/abs/2403.12313. With one random A shared by all and never trai
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from fedtune.config import Experiment
-from fedtune.errors import RecipeError
+from fedtune.combine import EVERY, Family
 from fedtune.strategies.strategy import Strategy
 
 
@@ -16,13 +16,8 @@ from fedtune.strategies.strategy import Strategy
 class FFALoRA(Strategy):
     """Only B is trained and shared. A is broadcast with it, so that a client needs no memory."""
 
+    combines: ClassVar[frozenset[Family]] = EVERY
+    admits_dora: ClassVar[bool] = False
+
     def trains(self, name: str, round: int) -> bool:
         return "lora_A" not in name
-
-    def check(self, experiment: Experiment) -> None:
-        if experiment.adapter.dora:
-            raise RecipeError(
-                "strategy = 'ffa_lora' averages exactly only what is linear in B, but "
-                "adapter.dora = true trains a norm too. Set adapter.dora = false, or choose "
-                "strategy = 'fedit'."
-            )

@@ -8,13 +8,11 @@ paper divides by a scaling of each rank; with one scaling for all ranks there is
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fedtune.adapter import Adapter, State, at_rank
 from fedtune.combine import Combine
-from fedtune.config import Experiment
-from fedtune.errors import RecipeError
-from fedtune.lowrank import Product, products, stack, truncate, with_products
+from fedtune.lowrank import Product, mean_products, truncate, with_products
 from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
 
@@ -26,6 +24,8 @@ class FlexLoRA(Strategy):
         balanced: split the singular values evenly between B and A instead of giving them to B.
     """
 
+    sends: ClassVar[Literal["delta", "adapter"]] = "adapter"
+    admits_dora: ClassVar[bool] = False
     fixed_frame: ClassVar[bool] = False
     sums_only: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = True
@@ -38,12 +38,10 @@ class FlexLoRA(Strategy):
     def aggregate(
         self, server: State, updates: Sequence[Update], combine: Combine, round: int
     ) -> State:
-        total = sum(update.weight for update in updates)
-        weights = [update.weight / total for update in updates]
-        terms = [dict(products(update.state["adapter"])) for update in updates]
+        means = mean_products([u.state["adapter"] for u in updates], [u.weight for u in updates])
 
         def joined(module: str, before: Product) -> Product:
-            mean = stack([term[module] for term in terms], weights)
+            mean = means[module]
             if not mean.B.any():  # nothing was learnt; an SVD of zero would lose A
                 return before
             return truncate(mean, len(before.A), balanced=self.balanced)
@@ -58,16 +56,3 @@ class FlexLoRA(Strategy):
 
     def contribution(self, server: State, update: Update, round: int) -> Adapter:
         return update.state["adapter"]
-
-    def check(self, experiment: Experiment) -> None:
-        if experiment.adapter.dora:
-            raise RecipeError(
-                "strategy = 'flexlora' averages products of B and A, but adapter.dora = true makes "
-                "a layer's change no such product. Set adapter.dora = false."
-            )
-        if experiment.combine != "mean":
-            raise RecipeError(
-                "strategy = 'flexlora' averages products of factors, so combine = "
-                f"'{experiment.combine}', which joins factors one by one, has no meaning. Set "
-                "combine = 'mean'."
-            )

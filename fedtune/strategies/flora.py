@@ -8,7 +8,7 @@ https://arxiv.org/abs/2506.09199, keeps of it what `energy` says.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -29,7 +29,10 @@ class FLoRA(Strategy):
             is all of it (FLoRA), less is FLoRIST.
     """
 
+    admits_dora: ClassVar[bool] = False
+    changes_base: ClassVar[bool] = True
     fixed_frame: ClassVar[bool] = False
+    sends: ClassVar[Literal["delta", "adapter"]] = "adapter"
     sums_only: ClassVar[bool] = False
     mixed_ranks: ClassVar[bool] = True
     energy: float = 1.0
@@ -50,7 +53,7 @@ class FLoRA(Strategy):
         if self.energy < 1:
             mean = keep_energy(mean, self.energy)
         base = added(server.get("base", {}), mean)
-        return {**server, "adapter": _afresh(server["adapter"], round), "base": base}
+        return {**server, "adapter": afresh(server["adapter"], round), "base": base}
 
     def reply(self, turn: Turn, plan: Plan, trained: State) -> tuple[State, State]:
         return {"adapter": trained["adapter"]}, {}
@@ -62,16 +65,18 @@ class FLoRA(Strategy):
         return update.state["adapter"]
 
 
-def _afresh(adapter: Adapter, round: int) -> Adapter:
+def afresh(adapter: Adapter, round: int) -> Adapter:
     """B = 0 and A as LoRA draws it, uniform up to 1 / sqrt(d_in), new in every round.
 
-    The first A again would keep all rounds in its row space.
+    The first A again would keep all rounds in its row space. Each tensor has draws of its own: one
+    that was read from a checkpoint has another order of names.
     """
-    draws = generator(digest({"adapter": adapter}), "afresh", round)
+    last = digest({"adapter": adapter})
     fresh = {}
     for name, tensor in adapter.items():
         values = torch.zeros_like(tensor)
         if rank_axis(name) == 0:
+            draws = generator(last, "afresh", name, round)
             values.uniform_(-1, 1, generator=draws).div_(tensor.shape[1] ** 0.5)
         fresh[name] = values
     return fresh

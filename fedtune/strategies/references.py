@@ -19,6 +19,7 @@ from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 class LocalOnly(Strategy):
     """Each client trains its own adapter and head from the same start and keeps them."""
 
+    joins: ClassVar[bool] = False
     personal: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True
 
@@ -53,6 +54,7 @@ class LocalOnly(Strategy):
 class Centralized(Strategy):
     """One client that holds the rows of all, with the same number of passes over them."""
 
+    joins: ClassVar[bool] = False
     pools: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = True  # its one client has the largest
 

@@ -7,9 +7,9 @@ gradient.
 """
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from fedtune.config import Experiment
-from fedtune.errors import RecipeError
+from fedtune.combine import EVERY, Family
 from fedtune.strategies.strategy import Strategy
 
 
@@ -17,12 +17,8 @@ from fedtune.strategies.strategy import Strategy
 class RoLoRA(Strategy):
     """B in odd rounds, A in even ones; both are broadcast, for a client that missed a round."""
 
+    combines: ClassVar[frozenset[Family]] = EVERY
+    admits_dora: ClassVar[bool] = False
+
     def trains(self, name: str, round: int) -> bool:
         return ("lora_B" if round % 2 else "lora_A") in name
-
-    def check(self, experiment: Experiment) -> None:
-        if experiment.adapter.dora:
-            raise RecipeError(
-                "strategy = 'rolora' averages one factor at a time, but adapter.dora = true trains "
-                "a norm that belongs to neither. Set adapter.dora = false."
-            )

@@ -76,11 +76,6 @@ class Scaffold(Strategy):
                 f"'{experiment.secure_aggregation}' has one weight for all that a client sends. "
                 "Set weighting = 'uniform'."
             )
-        if experiment.combine != "mean":
-            raise RecipeError(
-                f"strategy = 'scaffold' needs the mean of all, so combine = '{experiment.combine}' "
-                "has no meaning. Set combine = 'mean'."
-            )
 
 
 def _zeros(adapter: Adapter) -> Adapter:

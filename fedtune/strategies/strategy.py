@@ -9,10 +9,13 @@ averaged beside it (see `Experiment.task`).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import ClassVar, Literal
 
+from torch import Tensor
+
+from fedtune import adapter, lowrank
 from fedtune.adapter import Adapter, State, add, pick, pick_groups, subtract
-from fedtune.combine import Combine
+from fedtune.combine import MEAN, Combine, Family
 from fedtune.config import Experiment
 
 
@@ -79,14 +82,20 @@ class Plan:
     """What a client trains: plain data, so that every engine runs it with the same result.
 
     Attributes:
-        start: group -> tensors that the first step begins from; LoRA factors may have fewer ranks
-            than the recipe's adapter, which are then filled up with zeros and cut off again.
+        start: group -> tensors that the first step begins from. LoRA factors may have other ranks
+            than the recipe's adapter, on the same scaling. A group "core" holds small matrices
+            between the factors, see cores.py.
         trainable: names of the tensors that receive gradients.
         base: the change of the frozen weights, as LoRA factors of any rank on the model's scaling.
         correction: added to the gradient of every step, before it is clipped (SCAFFOLD).
         penalty: lambda of the term lambda sum |B[:, tail:]| |A[tail:, :]| in the loss (HetLoRA).
         tail: the first rank of that term.
         scale: of the adapter's product, beside the model's own scaling.
+        mask: name -> 0 or 1, of a shape that broadcasts to the tensor's: an entry at 0 receives no
+            gradient and stays as it began.
+        keep: the share of all modules' ranks that is trained: those whose products move most in a
+            provisional pass over the same batches (LoRA-A^2). Everything else of the plan begins
+            again after it.
     """
 
     start: State
@@ -96,6 +105,8 @@ class Plan:
     penalty: float = 0.0
     tail: int = 0
     scale: float = 1.0
+    mask: Adapter = field(default_factory=dict)
+    keep: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -103,16 +114,29 @@ class Strategy:
     """FedIT's rule, and the interface of every other.
 
     Class attributes:
+        sends: "delta", the change of what was broadcast, or "adapter", whole factors.
+        combines: the families of combine rules that have a meaning for what is sent.
+        joins: whether anything that clients send is joined.
+        admits_dora: whether it may train DoRA's norms beside the factors.
         fixed_frame: whether coordinates mean the same every round (else no server moments).
         sums_only: whether `aggregate` needs only a weighted sum (secure aggregation).
         mixed_ranks: whether clients may have adapters of different ranks.
+        changes_base: whether it changes the frozen weights (else they may be quantized).
+        begins: whether round 1 begins from random factors, or from the principal ones of the frozen
+            weights, those of their best approximation of the adapter's rank.
         personal: whether the model that counts is each client's own.
         pools: whether one client holds the rows of all: a reference, not federated learning.
     """
 
+    sends: ClassVar[Literal["delta", "adapter"]] = "delta"
+    combines: ClassVar[frozenset[Family]] = MEAN
+    joins: ClassVar[bool] = True
+    admits_dora: ClassVar[bool] = True
     fixed_frame: ClassVar[bool] = True
     sums_only: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = False
+    changes_base: ClassVar[bool] = False
+    begins: ClassVar[Literal["random", "principal"]] = "random"
     personal: ClassVar[bool] = False
     pools: ClassVar[bool] = False
 
@@ -127,6 +151,10 @@ class Strategy:
     def start(self, initial: Adapter) -> State:
         """The coordinator's state before round 1."""
         return {"adapter": initial}
+
+    def client_rank(self, server: State, client: ClientInfo) -> int:
+        """The rank of the client's adapter from the next round on, 0 for the recipe's own."""
+        return client.rank
 
     def broadcast(self, server: State, client: ClientInfo, round: int) -> State:
         """What `client` receives in `round`; for an evaluation too.
@@ -143,7 +171,7 @@ class Strategy:
         Args:
             server: the state before; it is not changed.
             updates: at least one, sorted by client name.
-            combine: how the deltas are joined.
+            combine: how the deltas are joined, decided for this round (see `decide`).
             round: from 1.
         """
         deltas = [update.state["delta"] for update in updates]
@@ -152,6 +180,36 @@ class Strategy:
         joined = combine(deltas, [update.weight for update in updates])
         moved = add(pick(server["adapter"], frozenset(joined)), joined)
         return {**server, "adapter": {**server["adapter"], **moved}}
+
+    def decide(
+        self, server: State, updates: Sequence[Update], combine: Combine, round: int
+    ) -> Combine:
+        """The recipe's rule with its choice among the round's clients made.
+
+        It is made once, from all that they sent, so that adapter and head are joined alike.
+
+        Raises:
+            ValueError: these clients cannot be joined by the rule.
+        """
+
+        def gram() -> Tensor:
+            heads = [update.state["head"] for update in updates if "head" in update.state]
+            own = self.gram(server, updates, round)
+            return own + adapter.gram(heads) if heads else own
+
+        return combine.decided(gram, [update.client for update in updates])
+
+    def gram(self, server: State, updates: Sequence[Update], round: int) -> Tensor:
+        """Inner products of the clients' changes, (clients, clients) float64, without the head.
+
+        A module of which both factors were sent counts by the change of its product, in which it
+        does not show how a client writes its factors; everything else counts by its coordinates.
+        """
+        deltas = [update.state["delta"] for update in updates]
+        terms = [lowrank.changes(server["adapter"], delta) for delta in deltas]
+        paired = lowrank.factors(deltas[0])
+        rest = [pick(delta, frozenset(delta) - paired) for delta in deltas]
+        return lowrank.gram(terms) + adapter.gram(rest)
 
     def plan(self, turn: Turn) -> Plan:
         """What the client begins from and trains; its start is also the model it evaluates."""
@@ -177,9 +235,13 @@ class Strategy:
         """
         if self.personal:
             return None
-        delta = update.state["delta"]
-        moved = add(pick(server["adapter"], frozenset(delta)), delta)
-        return {**server["adapter"], **moved}
+        return ended(server, update)
 
     def check(self, experiment: Experiment) -> None:
         """Refuse, with a RecipeError, settings that have no meaning for this strategy."""
+
+
+def ended(server: State, update: Update) -> Adapter:
+    """The adapter of a client that sends its delta, as it was after the client's training."""
+    delta = update.state["delta"]
+    return {**server["adapter"], **add(pick(server["adapter"], frozenset(delta)), delta)}
