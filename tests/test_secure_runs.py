@@ -10,14 +10,12 @@ import pytest
 import torch
 from conftest import classification_rows, write_jsonl
 from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
-from flwr.common.serde import message_to_proto
 from safetensors.torch import load_file
 
 from clients import client as clients
-from clients import pool
 from clients.app import app as client_app
 from clients.cohort import CohortGrid
-from fedtune import launch, parts, wire
+from fedtune import launch, parts, processes, wire
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError, RunError
 from fedtune.wire import Address
@@ -25,6 +23,7 @@ from server.app import app as server_app
 
 Answer = Callable[[Message, Context], Message]
 SIZES = {"east": 11, "north": 24, "south": 17, "west": 9}
+FOLDER = Path(__file__).parent.parent / "experiments" / "benchmarks"
 LEGS = ("keys", "shares", "masked", "sign", "reveal")
 
 
@@ -115,7 +114,7 @@ def test_the_same_bytes_twice_and_whoever_answers(four: Experiment) -> None:
         assert torch.equal(tensor, state(again, 2)[name])
 
 
-@pytest.mark.skipif(not pool.can_fork(1), reason="workers are forked on Linux only")
+@pytest.mark.skipif(not processes.can_fork(1), reason="workers are forked on Linux only")
 def test_any_worker_may_answer_any_leg(four: Experiment) -> None:
     """With its references, which are masked too, but for the one that has one client."""
     secure = masked(four, references="local_only,centralized,ffa_lora", model__dtype="float64")
@@ -419,60 +418,18 @@ def test_scaffold_counts_clients_and_not_updates(four: Experiment) -> None:
     close(play(plain), play(masked(plain)), 1, 1e-6)
 
 
-@pytest.mark.parametrize("clients_", [4, 32])
+@pytest.mark.parametrize("count", [4, 32])
 def test_traffic_is_at_most_a_tenth_more_than_floats(
-    tiny: Experiment, tmp_path: Path, clients_: int
+    count: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Serialised messages of the training legs, both ways, with 0.3 million parameters, the size
-    of a MiniLM adapter of rank 8; the model is as good as none, its head is what is large."""
-    rows = [
-        row
-        for number in range(clients_)
-        for row in classification_rows(3, number, f"client-{number:02d}")
-    ]
-    source = write_jsonl(tmp_path / "rows.jsonl", rows)
-    plain = tiny.replace(
-        rounds=1,
-        data__source=f"jsonl(train='{source}', test='{source}')",
-        data__minimum=1,
-        adapter__rank=330,
-        adapter__target_modules="all-linear",
-    )
-    sizes = {}
-    for experiment in (plain, masked(plain)):
-        moved = [0, 0]
+    """Serialised messages of all legs, each way, for the parameters of MiniLM's adapter of rank 8,
+    against the floats alone; a plain reply has the headers of its tensors beside them."""
+    monkeypatch.syspath_prepend(str(FOLDER))
+    import masking
 
-        def measuring(message: Message, context: Context, moved: list[int] = moved) -> Message:
-            down = _bytes(message)
-            reply = client_app(message, context)
-            if message.metadata.message_type.startswith("train"):
-                moved[0] += down
-                moved[1] += _bytes(reply)
-            return reply
-
-        folder = play(experiment, measuring)
-        sizes[experiment.name] = moved
-        tally = records(folder)[1]
-        for key, bytes_ in zip(("bytes_down", "bytes_up"), moved, strict=True):
-            assert tally[key] == pytest.approx(bytes_, rel=0.03)  # names and addresses
-    floats = sum(t.numel() for t in state(parts.folder_of(plain), 1).values())
-    assert floats > 300_000
-    for up_or_down in (0, 1):
-        assert sizes["masked"][up_or_down] <= 1.10 * sizes["tiny"][up_or_down]
-    assert sizes["masked"][1] <= 1.10 * 4 * floats * clients_
-
-
-def _bytes(message: Message) -> int:
-    """As on the wire: Flower's header, and every object of the content deflated."""
-    proto = len(message_to_proto(message).SerializeToString())
-    records = (record.deflate() for record in message.content.values())
-    arrays = (
-        array.deflate()
-        for record in message.content.values()
-        if isinstance(record, ArrayRecord)
-        for array in record.values()
-    )
-    return proto + sum(map(len, records)) + sum(map(len, arrays))
+    row = masking.measured(count, 300_000, gone=0)
+    assert 1 < row["up"] <= 1.10
+    assert 1 < row["down"] <= 1.10
 
 
 def test_the_clients_of_a_simulation_have_identities_where_they_mask(four: Experiment) -> None:

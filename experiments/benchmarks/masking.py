@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from flwr.app import Message, RecordDict
+from flwr.common.serde import message_to_proto
 
 from clients.local import NODE, LocalGrid, failed, identified
 from clients.secure_aggregation import Desk
@@ -38,6 +39,8 @@ class Desks(LocalGrid):
     def __init__(self, identities: dict[str, Identity], update: State, folder: Path, gone: int):
         super().__init__({}, len(identities))
         self.update, self.seconds, self.gone = update, 0.0, list(identities)[:gone]
+        self.up = self.down = 0
+        self.serialising = 0.0
         self.desks = {
             name: Desk(folder / name, Rules(identity, RUN, 1, CONFIG, Masked(), "examples"))
             for name, identity in identities.items()
@@ -47,7 +50,11 @@ class Desks(LocalGrid):
         for message in messages:
             began = time.process_time()
             reply = self.answer(message)
-            self.seconds += time.process_time() - began
+            answered = time.process_time()
+            self.seconds += answered - began
+            self.down += serialised(message)
+            self.up += serialised(reply)
+            self.serialising += time.process_time() - answered
             yield reply
 
     def answer(self, message: Message) -> Message:
@@ -69,6 +76,15 @@ class Desks(LocalGrid):
         return identified(Message(content, reply_to=message))
 
 
+def _ignored(*_: object) -> None:
+    pass
+
+
+def serialised(message: Message) -> int:
+    """Bytes of a message as Flower serialises it."""
+    return len(message_to_proto(message).SerializeToString())
+
+
 def measured(count: int, parameters: int, gone: int) -> dict[str, float]:
     """One round of so many clients, of which `gone` drop out before their words arrive."""
     update = {"delta": {"values": torch.randn(parameters) * 1e-3}}
@@ -79,12 +95,6 @@ def measured(count: int, parameters: int, gone: int) -> dict[str, float]:
         for number, (name, identity) in enumerate(identities.items())
     }
     folder = Path(tempfile.mkdtemp(prefix="masking-"))
-    moved = [0, 0]
-
-    def move(down: int, up: int) -> None:
-        moved[0] += down
-        moved[1] += up
-
     try:
         grid = Desks(identities, update, folder, gone)
         asked = secure_aggregation.Asked(
@@ -99,10 +109,10 @@ def measured(count: int, parameters: int, gone: int) -> dict[str, float]:
             Masked(),
             "examples",
         )
-        legs = secure_aggregation.Legs(grid, Roster(members), 60.0, move, lambda rejection: None)
+        legs = secure_aggregation.Legs(grid, Roster(members), 60.0, _ignored, _ignored)
         began = time.process_time()
         active, totals = secure_aggregation.collect(asked, legs, folder / "server")
-        seconds = time.process_time() - began
+        seconds = time.process_time() - began - grid.serialising
     finally:
         shutil.rmtree(folder)
     error = float((totals.mean["delta"]["values"] - update["delta"]["values"]).abs().max())
@@ -111,8 +121,8 @@ def measured(count: int, parameters: int, gone: int) -> dict[str, float]:
         "client": grid.seconds / count,
         "coordinator": seconds - grid.seconds,
         "all": seconds,
-        "up": moved[1] / (4 * parameters * (count - gone)),
-        "down": moved[0] / (4 * parameters * count),
+        "up": grid.up / (4 * parameters * (count - gone)),
+        "down": grid.down / (4 * parameters * count),
         "error": error,
     }
 
