@@ -61,6 +61,12 @@ def hosted(context: Context, arm: str) -> dict[str, Client]:
     experiment = _of_arm(whole, arm)
     if _simulates(context):
         return clients.simulated(experiment)
+    if arm and whole.privacy.mode != "none":
+        raise RecipeError(
+            f"references = '{whole.references}' would train on this client's rows without the "
+            f"noise of privacy.mode = '{whole.privacy.mode}'. Only a simulation may compare so: "
+            "set references = 'none'."
+        )
     client = clients.institution(experiment, whole.run_id, tuple(sorted(node.items())))
     return {client.shard.name: client}
 
@@ -84,7 +90,9 @@ def _together(context: Context, everybody: Iterable[Client]) -> int:
         return wanted
     here, nodes = list(everybody), int(context.node_config["num-partitions"])
     lengths = [length for client in here for length in client.examples.lengths.tolist()]
-    return resident.together(here[0].model, here[0].experiment.train, lengths, nodes)
+    e = here[0].experiment
+    noisy = e.privacy.mode == "record"
+    return resident.together(here[0].model, e.train, lengths, nodes, noisy=noisy)
 
 
 def _told(error: Exception, context: Context) -> Exception:
@@ -138,16 +146,18 @@ def describe(message: Message, context: Context) -> Message:
         column = client.parts.task.label_column
         counts = shards.mix([client.shard], column)[name] if column else None
         key = client.identity
+        # A weight that is masked is not told here either, unless noise is to be charged by it.
+        hides = key and not _simulates(context) and client.experiment.privacy.mode != "record"
         described.append(
             {
                 "name": name,
-                # A weight that is masked is not told here either.
-                "examples": 0 if key and not _simulates(context) else len(client.shard.train),
+                "examples": 0 if hides else len(client.shard.train),
                 "identity": key.public.hex() if key else "",
                 "manifest": key.manifest.digest().hex() if key else "",
                 "test_examples": len(client.shard.test),
                 "mix": counts if client.policy.label_counts else None,
                 "labels": list(client.labels),
+                "units": 0 if hides else client.units,
             }
         )
     nodes = int(context.node_config.get("num-partitions", 0))
@@ -182,9 +192,15 @@ def _opened(content: RecordDict, context: Context) -> tuple[Client, Job]:
 
 def _closed(client: Client, job: Job, trained: Trained) -> RecordDict:
     sent = client.finish(job, trained.state)
-    tokens = [trained.tokens, trained.computed]
     content = RecordDict({wire.CONFIG: job.address.record(), **wire.pack(sent)})
-    content[wire.METRICS] = wire.metrics_record(trained.sums, len(client.shard.train), tokens)
+    mode = client.experiment.privacy.mode
+    if mode == "none":
+        tokens = [trained.tokens, trained.computed]
+        content[wire.METRICS] = wire.metrics_record(trained.sums, len(client.shard.train), tokens)
+    else:
+        # Losses and counts of training rows are releases too, and nothing has paid for them.
+        examples = len(client.shard.train) if mode == "record" else 1
+        content[wire.METRICS] = wire.metrics_record({}, examples)
     return content
 
 
@@ -296,9 +312,10 @@ def _unsealed(content: RecordDict, context: Context) -> Masking:
 
 def _hidden(client: Client, job: Job, desk: Desk, mask: Mask, trained: Trained) -> RecordDict:
     """The masked words and nothing else: no metrics, no counts."""
-    sent = client.finish(job, trained.state)
-    tokens = [float(trained.tokens), float(trained.computed)]
-    words = desk.masked(mask, sent, len(client.shard.train), trained.sums, tokens)
+    sent, tells = client.finish(job, trained.state), client.experiment.privacy.mode == "none"
+    tokens = [float(trained.tokens), float(trained.computed)] if tells else [0.0, 0.0]
+    sums = trained.sums if tells else {}
+    words = desk.masked(mask, sent, len(client.shard.train), sums, tokens)
     signed = desk.signed(mask, words)
     letter = wire.letter_record(signed.body, signed.signature)
     records = {wire.CONFIG: job.address.record(), wire.LETTER: letter}

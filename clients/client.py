@@ -10,18 +10,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clients import personal
+from clients import budget, personal, sampled
 from clients.policy import OPEN, Policy
 from clients.rows import Rows
-from fedtune import attacks, models, parts, shards, training
+from fedtune import attacks, models, parts, per_example, shards, training
 from fedtune.adapter import State
 from fedtune.attacks import Attack
 from fedtune.config import DataSettings, Experiment, ModelSettings
 from fedtune.errors import RecipeError
 from fedtune.heads import HeadRule
 from fedtune.models import Model
-from fedtune.privacy import identity
+from fedtune.privacy import clipping, identity, mechanism, noise
 from fedtune.privacy.identity import Identity
+from fedtune.privacy.ledger import KEY
+from fedtune.privacy.mechanism import Mechanism
 from fedtune.privacy.secure import config_digest
 from fedtune.shards import Shard
 from fedtune.strategies.strategy import Plan, Turn
@@ -105,13 +107,21 @@ class Client:
         """Its encoded test rows."""
         return self.rows.examples("test", self.number, self.model)
 
+    @property
+    def units(self) -> int:
+        """What record-level privacy protects of its rows."""
+        return shards.units(self.shard, self.experiment.privacy.unit)
+
     def require_rows(self) -> None:
         """Encode every row now, so that a faulty one is told before the first round.
 
         Raises:
-            RecipeError: a row does not fit the task; its number is in the message.
+            RecipeError: a row does not fit the task, its number being in the message; or the rows
+                or the model do not fit what is promised to them.
         """
         _ = self.examples, self.tests
+        if self._promised():
+            per_example.require(self.model)
 
     def _turn(self, address: Address, received: State) -> Turn:
         kept = personal.load(self.state, address.last_round)
@@ -120,14 +130,38 @@ class Client:
     def prepare(self, address: Address, received: State) -> Job:
         """The job of one round, from what the coordinator sent and what the client kept."""
         e, name = self.experiment, self.shard.name
-        batches = training.batches_of(
-            self.examples, e.train, e.seed, "batches", address.round, name
+        promised = self._promised()
+        batches = (
+            []
+            if promised
+            else training.batches_of(self.examples, e.train, e.seed, "batches", address.round, name)
         )
-        rates = training.rates_of(len(batches), address.round, e.rounds, e.train)
+        steps = promised.steps if promised else len(batches)
+        rates = training.rates_of(steps, address.round, e.rounds, e.train)
         turn = replace(self._turn(address, received), rates_sum=sum(rates))
         plan = _ordered(self._with_head(turn, self.parts.strategy.plan(turn)))
-        seed = training.dropout_seed(e.seed, address.round, name)
-        return Job(address, turn, plan, Work(batches, rates, seed))
+        if promised:
+            work = self._sampled(address, plan, rates, promised)
+        else:
+            seed = training.dropout_seed(e.seed, address.round, name)
+            work = Work(batches, rates, seed)
+        return Job(address, turn, plan, work)
+
+    def _promised(self) -> Mechanism | None:
+        """What the recipe promises to single records of this client, None for nothing."""
+        e = self.experiment
+        return mechanism.record(e, self.units) if e.privacy.mode == "record" else None
+
+    def _sampled(
+        self, address: Address, plan: Plan, rates: Sequence[float], promised: Mechanism
+    ) -> Work:
+        """The noisy steps of a round, charged to this client's own ledger."""
+        settings, key = self.experiment.privacy, noise.load_key(self.state / KEY)
+        units = self.rows.units(self.number, self.model, settings.unit)
+        own = (address, plan, rates, self.examples, units, settings.unit_rows, promised)
+        inputs = sampled.inputs_hash(*own)
+        budget.charge(self.state, key, promised, address, inputs, solved=not settings.noise)
+        return sampled.work(*own, key, inputs)
 
     def _with_head(self, turn: Turn, plan: Plan) -> Plan:
         rule = HeadRule.of(self.parts.task, self.parts.strategy)
@@ -151,7 +185,18 @@ class Client:
         sent, kept = self.parts.strategy.reply(job.turn, job.plan, trained)
         head, own_head = rule.reply(job.plan.start.get("head", {}), trained.get("head", {}))
         personal.save(self.state, job.address.round, {**kept, **own_head})
-        return {**sent, **head}
+        return self._protected(job, {**sent, **head})
+
+    def _protected(self, job: Job, sent: State) -> State:
+        """What is sent under the recipe's promise to clients; one to records is kept by steps."""
+        e = self.experiment
+        if e.privacy.mode == "client":
+            return clipping.bounded(sent, job.turn.received, e.privacy)
+        if e.privacy.mode == "local":
+            key = noise.load_key(self.state / KEY)
+            own, turn = mechanism.local(e), job.address
+            return clipping.noised(sent, own, key, turn.run, turn.arm, turn.round, turn.client)
+        return sent
 
     def trial(self, address: Address, received: State) -> Trial:
         """The client's model, its own where it has one, and its own test rows.

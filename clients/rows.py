@@ -9,6 +9,7 @@ from datasets import Dataset
 from fedtune import bases, tokens
 from fedtune.config import ModelSettings
 from fedtune.errors import RecipeError
+from fedtune.files import require
 from fedtune.models import Model
 from fedtune.shards import Shard
 from fedtune.tasks.task import Example, Task
@@ -42,6 +43,30 @@ class Rows:
             self._encoded[split] = self._load(split, model)
         encoded = self._encoded[split]
         return encoded.whole if client is None else encoded.parts[client]
+
+    def units(self, client: int | None, model: Model, column: str) -> list[list[int]]:
+        """The training examples of each record, or of each value of a column of the rows.
+
+        Raises:
+            RecipeError: a row does not fit the task, or the rows have no such column.
+        """
+        numbers = range(len(self.shards)) if client is None else [client]
+        whole = self.examples("train", client, model)  # encoded by now, with all parts
+        found: dict[object, list[int]] = {}
+        begin = 0
+        for number in numbers:
+            train, part = self.shards[number].train, self._encoded["train"].parts[number]
+            if column:
+                what = f"privacy.unit: the rows of '{self.shards[number].name}'"
+                require(train, [column], what)
+            owners = train[column] if column else [(number, row) for row in range(len(train))]
+            for owner in owners:
+                found.setdefault(owner, [])
+            for example, row in enumerate(part.rows.tolist(), start=begin):
+                found[owners[row]].append(example)
+            begin += len(part)
+        assert begin == len(whole)
+        return list(found.values())
 
     def _load(self, split: Split, model: Model) -> Encoded:
         limit = self.settings.max_length

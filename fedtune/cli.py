@@ -123,8 +123,9 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Run a study's grid of strategies and seeds, then compare; the same command again goes on."""
-    from fedtune import comparing, comparison_files, study_file
-    from fedtune.study_progress import StudyProgress
+    from fedtune.studies import comparing, study_file
+    from fedtune.studies import files as comparison_files
+    from fedtune.studies.progress import StudyProgress
 
     given = [*(overrides or ()), *([f"output={output}"] if output else [])]
     asked = study_file.load(study, given, strategies, seeds, baseline)
@@ -146,8 +147,9 @@ def compare(
 
 
 def _show_comparison(done: Any, paths: list[Path]) -> None:
-    from fedtune import comparison_tables, tables
+    from fedtune import tables
     from fedtune.report import human_time
+    from fedtune.studies import tables as comparison_tables
 
     for title, table in comparison_tables.terminal(done):
         out.print(tables.titled(title, table))
@@ -194,6 +196,8 @@ def plan(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -
     out.print(table)
     if cost.mix:
         out.print(tables.mix_table(cost.mix))
+    if cost.privacy:
+        out.print(tables.privacy_table(cost.privacy))
 
 
 def _frozen(cost: Any) -> str:
@@ -281,6 +285,40 @@ def keys_show(path: KeyFile) -> None:
     from fedtune.privacy import identity
 
     out.print(identity.line_of(path.stem, identity.read_key(path)), soft_wrap=True, markup=False)
+
+
+privacy = typer.Typer(help="What a run has promised, checked.", no_args_is_help=True)
+app.add_typer(privacy, name="privacy")
+
+
+@privacy.command()
+def verify(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Recompute epsilon from a run's ledger and check its chain, signatures and rounds."""
+    from fedtune.privacy import certificate, verifying
+
+    verified = verifying.verify(folder)
+    made = certificate.of(folder, verified)
+    if as_json:
+        _print_json(made)
+        return
+    out.print(f"The ledger holds: {len(verified.lines)} lines, key {made['ledger']['public_key']}.")
+    out.print(made["statement"], soft_wrap=True)
+
+
+@privacy.command(name="report")
+def privacy_report(folder: RunFolder, as_json: AsJson = False) -> None:
+    """Write a run's privacy certificate, privacy.md and privacy.json, into its folder."""
+    from fedtune.privacy import certificate, verifying
+
+    made = certificate.of(folder, verifying.verify(folder))
+    text = json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+    (folder / "privacy.json").write_text(text, encoding="utf-8")
+    (folder / "privacy.md").write_text(certificate.markdown(made), encoding="utf-8")
+    if as_json:
+        _print_json(made)
+        return
+    out.print(certificate.markdown(made), markup=False, soft_wrap=True)
+    out.print(f"Wrote {folder / 'privacy.md'} and {folder / 'privacy.json'}", soft_wrap=True)
 
 
 def guarded(command: Callable[[], None], debug: bool) -> int:

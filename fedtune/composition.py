@@ -43,7 +43,7 @@ def check(experiment: Experiment, parts: Parts) -> None:
     Raises:
         RecipeError: the first of them, naming both keys and what to do.
     """
-    for refusals in (_strategy, _combine, _attack, _task, _secure):
+    for refusals in (_strategy, _combine, _attack, _task, _privacy, _secure):
         for reason in refusals(experiment, parts):
             raise RecipeError(reason)
     parts.strategy.check(experiment)
@@ -202,4 +202,77 @@ def _secure(e: Experiment, parts: Parts) -> Iterator[str]:
         yield (
             f"{named} does not go with attack = '{e.attack}', which forges replies from others "
             "that are masked. Set attack = 'sign_flip', or secure_aggregation = 'none'."
+        )
+    if e.privacy.mode == "client":
+        yield (
+            f"{named} does not go with privacy.mode = 'client', whose noise is added to changes "
+            "that the coordinator sees one by one. Set privacy.mode = 'record', or "
+            "secure_aggregation = 'none'."
+        )
+
+
+def _privacy(e: Experiment, parts: Parts) -> Iterator[str]:
+    p, mode = e.privacy, f"privacy.mode = '{e.privacy.mode}'"
+    if p.unit and p.mode != "record":
+        yield (
+            f"privacy.unit = '{p.unit}' needs privacy.mode = 'record', not '{p.mode}'. Set it to "
+            "'', or privacy.mode = 'record'."
+        )
+    if p.clip_quantile and p.mode != "client":
+        yield (
+            f"privacy.clip_quantile = {p.clip_quantile} needs privacy.mode = 'client', not "
+            f"'{p.mode}'. Set it to 0.0, or privacy.mode = 'client'."
+        )
+    if p.unit_rows and not p.unit:
+        yield (
+            f"privacy.unit_rows = {p.unit_rows} bounds the rows of one unit, but privacy.unit = "
+            "'': every row is one. Set it to 0, or privacy.unit to a column."
+        )
+    if p.mode == "record":
+        yield from _record(e)
+    if p.mode not in ("client", "local"):
+        return
+    if e.weighting != "uniform":
+        yield (
+            f"{mode} does not go with weighting = '{e.weighting}': a client with many examples "
+            "would move the mean further than the clip allows. Set weighting = 'uniform'."
+        )
+    if not parts.strategy.joins:
+        yield (
+            f"{mode} does not go with strategy = '{e.strategy}', which joins nothing. Set "
+            "privacy.mode = 'none' or 'record', or another strategy."
+        )
+    if p.mode == "local":
+        return
+    if e.combine != "mean":
+        yield (
+            f"{mode} does not go with combine = '{e.combine}': only of a sum is it known how far "
+            "one client moves it. Set combine = 'mean'."
+        )
+    if parts.strategy.sends != "delta" or not parts.strategy.sums_only:
+        yield (
+            f"{mode} does not go with strategy = '{e.strategy}', which needs more of the clients "
+            "than the sum of their changes. Set privacy.mode = 'record', or a strategy such as "
+            "'ffa_lora' or 'fedsvd'."
+        )
+    if not parts.strategy.one_sum:
+        yield (
+            f"{mode} does not go with strategy = '{e.strategy}': what it sends beside the change "
+            "would pass without noise. Set privacy.mode = 'record', or a strategy such as "
+            "'ffa_lora' or 'fedsvd'."
+        )
+
+
+def _record(e: Experiment) -> Iterator[str]:
+    mode = "privacy.mode = 'record'"
+    if e.adapter.dora:
+        yield (
+            f"adapter.dora = true does not go with {mode}: the norm of the merged weights is no "
+            "linear layer's, and what one record does to it cannot be told. Set adapter.dora = "
+            "false."
+        )
+    if e.train.group_by_length:
+        yield (
+            f"train.group_by_length = true does not go with {mode}, which draws every record by "
+            "itself: a batch by length would tell who was drawn. Set train.group_by_length = false."
         )

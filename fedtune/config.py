@@ -110,6 +110,27 @@ class CoordinatorSettings:
 
 
 @dataclass(frozen=True)
+class PrivacySettings:
+    """What is promised of a record, a patient or a client; `fedtune/privacy/mechanism.py` resolves.
+
+    record: noisy steps inside each client (DP-SGD); nobody outside it need be trusted.
+    client: noise on the cohort's sum; the coordinator is trusted with single clients' changes.
+    local: noise on each client's change, at the client, for research.
+    """
+
+    mode: str = "none"  # none, record, client or local
+    epsilon: float = 0.0  # of the whole run, at most; 0 is no budget, the noise being given
+    delta: float = 0.0  # 0 is min(1e-5, 1 / (10 units))
+    noise: float = 0.0  # standard deviation over clip: z; 0 finds what epsilon needs
+    clip: float = 1.0  # norm of a record's gradient, or of a client's change, at most: C
+    unit: str = ""  # record mode protects all rows with one value of this column; "" is one row
+    unit_rows: int = 0  # of one unit in one step at most; 0 is all
+    clip_quantile: float = 0.0  # client mode moves the clip to this quantile of norms; 0 is fixed
+    clip_rate: float = 0.2  # how fast: eta of Andrew et al.
+    minimum_clients: int = 50  # of client mode: with fewer the noise drowns the model
+
+
+@dataclass(frozen=True)
 class Experiment:
     """Everything that decides the result of a run."""
 
@@ -131,6 +152,7 @@ class Experiment:
     data: DataSettings = field(default_factory=DataSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
     evaluation: EvaluationSettings = field(default_factory=EvaluationSettings)
+    privacy: PrivacySettings = field(default_factory=PrivacySettings)
     coordinator: CoordinatorSettings = field(default_factory=CoordinatorSettings)
 
     def __post_init__(self) -> None:
@@ -144,6 +166,11 @@ class Experiment:
             raise RecipeError(
                 f"adapter.ranks = '{self.adapter.ranks}' has a rank above adapter.rank = "
                 f"{self.adapter.rank}, which is the largest. Raise adapter.rank."
+            )
+        if self.privacy.mode != "none" and not (self.privacy.epsilon or self.privacy.noise):
+            raise RecipeError(
+                f"privacy.mode = '{self.privacy.mode}' needs privacy.epsilon, from which the noise "
+                "is found, or privacy.noise. Give one, or set privacy.mode = 'none'."
             )
 
     @classmethod
@@ -323,6 +350,15 @@ _RANGES: list[tuple[str, Any, str]] = [
     ("evaluation.every", _outside(1), "at least 1"),
     ("evaluation.batch_size", _outside(1), "at least 1"),
     ("evaluation.samples", _outside(0), "at least 0"),
+    ("privacy.mode", _not_in("none", "record", "client", "local"), "none, record, client or local"),
+    ("privacy.epsilon", lambda v: not 0 <= v < math.inf, "at least 0 and finite"),
+    ("privacy.delta", lambda v: not 0 <= v < 1, "at least 0 and below 1"),
+    ("privacy.noise", lambda v: not 0 <= v < math.inf, "at least 0 and finite"),
+    ("privacy.clip", lambda v: not 0 < v < math.inf, "above 0 and finite"),
+    ("privacy.unit_rows", _outside(0), "at least 0"),
+    ("privacy.clip_quantile", lambda v: not 0 <= v < 1, "at least 0 and below 1"),
+    ("privacy.clip_rate", lambda v: not 0 < v < math.inf, "above 0 and finite"),
+    ("privacy.minimum_clients", _outside(2), "at least 2"),
     ("coordinator.minimum_clients", _outside(1), "at least 1"),
     ("coordinator.minimum_replies", _outside(1), "at least 1"),
     ("coordinator.wait_seconds", _outside(0), "at least 0"),

@@ -19,3 +19,9 @@ class RecipeError(FedTuneError):
 
 class RunError(FedTuneError):
     """A run could not go on. Everything up to its last committed round is intact."""
+
+
+class BudgetError(FedTuneError):
+    """The next round would cost more privacy than the recipe allows. The last model is kept."""
+
+    exit_code = 3

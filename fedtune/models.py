@@ -322,7 +322,10 @@ def cored(model: Model, core: Adapter) -> Iterator[dict[str, nn.Parameter]]:
 
 def _between(live: dict[str, nn.Parameter], module: str) -> Callable[..., torch.Tensor]:
     def through(part: nn.Module, args: tuple[Any, ...], inner: torch.Tensor) -> torch.Tensor:
-        return inner @ cores.matrix(live, module, inner.shape[-1]).to(inner.dtype).T
+        matrix = cores.matrix(live, module, inner.shape[-1]).to(inner.dtype)
+        if matrix.dim() > 2:  # one for each row, see per_example.py
+            return torch.einsum("b...j,bij->b...i", inner, matrix)
+        return inner @ matrix.T
 
     return through
 

@@ -14,6 +14,8 @@ import plotly.graph_objects as go
 from fedtune import report
 from fedtune.page_template import TEMPLATE
 from fedtune.pages import COLOURS, Drawn, blank, plain, rendered, words
+from fedtune.privacy import certificate, verifying
+from fedtune.privacy.ledger import LedgerError
 from fedtune.records import RoundRecord
 from fedtune.report import Result, Run, summarise
 
@@ -37,9 +39,21 @@ def write(run: Run, path: Path) -> None:
         sha256=_sha256(run.folder / "adapter" / "adapter_model.safetensors"),
         rounds=run.records[-1].round,
         partial=_partial(run),
+        **_privacy(run),
         aggregation=[(r.round, r.aggregation) for r in run.records if r.aggregation],
     )
     path.write_text(page, encoding="utf-8")
+
+
+def _privacy(run: Run) -> dict[str, Any]:
+    """The certificate of a run that promises something, or why it has none."""
+    if run.experiment.privacy.mode == "none":
+        return {"certificate": None, "broken": ""}
+    try:
+        made = certificate.of(run.folder, verifying.verify(run.folder))
+    except LedgerError as error:
+        return {"certificate": None, "broken": str(error)}
+    return {"certificate": made, "broken": ""}
 
 
 def _sha256(file: Path) -> str:

@@ -69,6 +69,40 @@ rows like its own.</p>
 {{ plot(figure) }}
 {% endfor %}
 
+{% if broken %}
+<h2>Privacy</h2>
+<p><strong>No promise can be shown.</strong> {{ broken }}</p>
+{% elif certificate %}
+<h2>Privacy</h2>
+<p>{{ certificate.statement }}</p>
+<div class="scroll"><table>
+<tr><th class="text">of the models alone</th><th>PLD</th><th>RDP</th>
+  <th>to who sees the sampling</th><th>delta</th><th>z</th><th>clip</th></tr>
+<tr><td class="text">epsilon</td>
+  {% for key in ["eps_pld", "eps_rdp", "eps_observes_participation", "delta",
+    "noise_multiplier", "clip"] %}
+  <td>{{ "-" if certificate[key] is none else "%.4g" % certificate[key] }}</td>{% endfor %}</tr>
+</table></div>
+{% if certificate.clients %}
+<div class="scroll"><table>
+<tr><th>client</th><th>{{ certificate.unit }}s</th><th>rate</th><th>z</th><th>rounds</th>
+  <th>epsilon</th></tr>
+{% for row in certificate.clients %}
+<tr><td>{{ row.client }}</td><td>{{ "{:,}".format(row.units) }}</td>
+  <td>{{ "%.4g" % row.rate }}</td><td>{{ "%.4g" % row.noise_multiplier }}</td>
+  <td>{{ row.rounds }}</td><td>{{ "%.4g" % row.epsilon }}</td></tr>
+{% endfor %}
+</table></div>
+{% endif %}
+<p class="note">Not covered: {{ certificate.not_covered | join("; ") }}.</p>
+<details><summary>Checklist of NIST SP 800-226</summary>
+<div class="scroll"><table>
+{% for row in certificate.checklist %}
+<tr><td class="text">{{ row.item }}</td><td class="text">{{ row.answer }}</td></tr>
+{% endfor %}
+</table></div></details>
+{% endif %}
+
 {% if rejections %}
 <h2>Replies that were set aside</h2>
 <p class="note">They did not touch the model; the round went on with the others.</p>

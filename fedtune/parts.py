@@ -91,7 +91,11 @@ def reference(experiment: Experiment, name: str) -> Experiment:
             coordinator__minimum_replies=1,
             secure_aggregation="none",
         )
+    # What a reference shows is that it has no noise; the ledger says that it is not covered.
     return experiment.replace(
+        privacy__mode="none",
+        privacy__unit="",
+        privacy__clip_quantile=0.0,
         strategy=name,
         references="none",
         cohort="all",

@@ -21,6 +21,7 @@ from fedtune.config import TrainSettings
 from fedtune.models import Model
 from fedtune.packing import Packing
 from fedtune.prefix import PrefixStore, digest_of, prefix_folder
+from fedtune.privacy import steps
 from fedtune.tasks.task import Example, Scores, Task
 
 log = logging.getLogger("fedtune")
@@ -124,7 +125,14 @@ def _store(model: Model, first: int) -> PrefixStore | None:
     return _stores[model.module]
 
 
-def together(model: Model, settings: TrainSettings, lengths: Sequence[int], workers: int) -> int:
+def together(
+    model: Model,
+    settings: TrainSettings,
+    lengths: Sequence[int],
+    workers: int,
+    *,
+    noisy: bool = False,
+) -> int:
     """How many clients one process should train at once, the same on one machine every time.
 
     As many as make a step of 4,096 tokens, fewer where their activations would not fit.
@@ -134,14 +142,14 @@ def together(model: Model, settings: TrainSettings, lengths: Sequence[int], work
         settings: the recipe's.
         lengths: tokens of the training rows.
         workers: processes that share the machine's memory.
+        noisy: whether each client holds the gradients of single rows (record-level privacy).
     """
     rows = settings.batch_size
     longest, mean = max(lengths, default=1), sum(lengths) / max(1, len(lengths))
     layers = 1 if settings.gradient_checkpointing else None
     needed = models.activation_bytes(model, rows * longest, longest, layers)
-    needed += 6 * sum(
-        p.numel() * p.element_size() for t in model.tensors.values() for p in t.values()
-    )
+    trained = sum(p.numel() * p.element_size() for t in model.tensors.values() for p in t.values())
+    needed += 6 * trained + (min(steps.DRAWS_ABOVE * rows * trained, steps.HELD) if noisy else 0)
     if model.device.type == "cuda":
         memory = torch.cuda.get_device_properties(model.device).total_memory
         base = sum(p.numel() * p.element_size() for p in model.module.parameters())

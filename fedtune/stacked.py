@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fedtune import cores, models
 from fedtune.adapter import Adapter, State, fitted
 from fedtune.models import Model
+from fedtune.privacy.steps import ClippedSum
 from fedtune.products import Layout, own_product
 from fedtune.seeds import seed_of
 from fedtune.strategies.strategy import Plan
@@ -134,23 +135,40 @@ class Stack:
                 place.copy_(leaf.grad.reshape(len(leaf), -1))
                 leaf.grad = None
 
-    def gather_clipped(self, layout: Layout, bounds: Sequence[float]) -> None:
-        """Each client's mean of its rows' gradients, each clipped to its norm, into `grad`.
+    def add(self, leaves: dict[str, Tensor]) -> None:
+        """Add the leaves' gradients to `grad`."""
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                place = self.grad[: len(leaf), slice(*self.bounds[name])]
+                place += leaf.grad.reshape(len(leaf), -1)
+                leaf.grad = None
 
-        Abadi et al. 2016, https://arxiv.org/abs/1607.00133, algorithm 1 without its noise.
-        """
+    def clipped_sum(self, client: int, clip: float) -> ClippedSum:
+        """An empty sum over the tensors that a client trains, in their order in every engine."""
+        names = sorted(self.plans[client].trainable)
+        return ClippedSum({name: self.shapes[name] for name in names}, clip)
+
+    def rows(self, client: int, layout: Layout) -> dict[str, Tensor]:
+        """Each row's own gradient of what a client trains, (rows, parameters) by tensor."""
         assert layout.examples is not None
-        begin = 0
-        for number, (rows, bound) in enumerate(zip(layout.rows, bounds, strict=True)):
-            own = self.grad.new_zeros(rows, self.grad.shape[1])
-            for name, gradients in layout.examples.items():
-                for leaf, part in self._of_leaves(number, name, gradients[begin : begin + rows]):
-                    own[:, slice(*self.bounds[leaf])] = part.flatten(1)
-            own.masked_fill_(~self.mask[number], 0.0)
-            norms = torch.linalg.vector_norm(own, dim=1)
-            factors = (bound / norms.clamp(min=1e-12)).clamp(max=1.0)
-            self.grad[number] = factors @ own / rows
-            begin += rows
+        plan = self.plans[client]
+        begin = sum(layout.rows[:client])
+        own: dict[str, Tensor] = {}
+        for name, gradients in layout.examples.items():
+            cut = gradients[begin : begin + layout.rows[client]]
+            own |= {n: g.flatten(1) for n, g in self._of_leaves(client, name, cut)}
+        for name in own.keys() & plan.mask.keys():
+            own[name] = own[name] * self.mask[client, slice(*self.bounds[name])]
+        return {name: own[name] for name in sorted(own.keys() & plan.trainable)}
+
+    def cropped(self, client: int, tensors: Adapter) -> Adapter:
+        """A client's tensors in the shapes of its plan."""
+        start = {n: t for group in self.plans[client].start.values() for n, t in group.items()}
+        return {name: fitted(name, t, start[name].shape) for name, t in tensors.items()}
+
+    def lay(self, client: int, gradients: Adapter) -> None:
+        """Put a client's gradients into its row of `grad`, what it lacks as zeros."""
+        self.grad[client] = self.row({"": gradients}).to(self.grad)
 
     def _of_leaves(self, client: int, name: str, gradients: Tensor) -> Iterator[tuple[str, Tensor]]:
         """A tensor's rows of gradients, a core's as those of its blocks and scales."""

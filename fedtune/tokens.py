@@ -69,6 +69,25 @@ class Examples(Sequence[Example]):
         }
 
     @property
+    def rows(self) -> NDArray[np.int64]:
+        """The number in its dataset of the row that each example was made from."""
+        if "row" not in self._columns:
+            return np.arange(len(self))
+        values, bounds = self._columns["row"]
+        return values[bounds[self._start : self._stop]].astype(np.int64)
+
+    @property
+    def digest(self) -> bytes:
+        """The SHA-256 of all examples."""
+        sha = hashlib.sha256()
+        for name, (values, bounds) in sorted(self._columns.items()):
+            own = bounds[self._start : self._stop + 1]
+            sha.update(f"{name}:{len(self)}:".encode())
+            sha.update((own - own[0]).astype("<i8").tobytes())
+            sha.update(values[own[0] : own[-1]].astype("<i4").tobytes())
+        return sha.digest()
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """The number of tokens of each example."""
         if not self:

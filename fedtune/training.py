@@ -2,10 +2,12 @@
 
 Every other engine is tested against this file. A client begins from its plan's tensors, takes one
 AdamW step a batch on the mean of the batch's per-example losses, and ends with its trained tensors;
-nothing of the optimizer outlives the round.
+nothing of the optimizer outlives the round. Under record-level privacy a step's gradient is a noisy
+mean instead (DP-SGD, see privacy/steps.py), and nothing else of the rows is told.
 """
 
 import contextlib
+import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -14,16 +16,18 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from fedtune import models
+from fedtune import models, per_example
 from fedtune.adapter import State, rank_axis
 from fedtune.config import TrainSettings
 from fedtune.lowrank import moved_most
 from fedtune.models import Model
+from fedtune.privacy.steps import ClippedSum, Steps
 from fedtune.records import Sums, merge
 from fedtune.seeds import generator, seed_of
 from fedtune.strategies.strategy import Plan
 from fedtune.tasks.task import Example, Scores, Task
 
+log = logging.getLogger("fedtune")
 WINDOW = 32  # batches whose rows are grouped by length together: enough to find rows alike
 
 
@@ -32,17 +36,16 @@ class Work:
     """What one client does in one round, beside its plan.
 
     Attributes:
-        batches: the examples of each optimizer step.
+        batches: the examples of each optimizer step; a private one may be empty.
         rates: the learning rate of each step.
         seed: of the adapters' dropout.
-        example_clip: the norm to which each example's gradient is clipped before their mean is
-            taken, over all trained tensors together; 0 is off.
+        private: how the steps keep what they learn from private; None where nothing is promised.
     """
 
     batches: Sequence[Sequence[Example]]
     rates: Sequence[float]
     seed: int
-    example_clip: float = 0.0
+    private: Steps | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Trained:
 
     Attributes:
         state: the plan's tensors after the last step.
-        sums: the metrics of the training batches.
+        sums: the metrics of the training batches, {} for private ones.
         tokens: real tokens that were learnt from.
         computed: tokens that went through the base for it, padding among them.
     """
@@ -120,9 +123,11 @@ def train(model: Model, task: Task, plan: Plan, work: Work, settings: TrainSetti
     """The plan's tensors after the work's steps, and the metrics of the training batches.
 
     Raises:
-        FloatingPointError: a loss was not finite; the client's round is void.
+        FloatingPointError: a loss was not finite, or a tensor after private steps; the client's
+            round is void.
     """
     if plan.keep < 1:
+        require_one_pass(work)
         trial = train(model, task, replace(plan, keep=1.0), work, settings)
         done = train(model, task, chosen(plan, trial), work, settings)
         return replace(done, computed=done.computed + trial.computed)
@@ -138,9 +143,33 @@ def train(model: Model, task: Task, plan: Plan, work: Work, settings: TrainSetti
             group: {name: live[name].detach().to("cpu", copy=True) for name in tensors}
             for group, tensors in plan.start.items()
         }
-    lengths = [[len(example["input_ids"]) for example in batch] for batch in work.batches]
+    if work.private:
+        require_finite(state)
+    lengths = [[len(example["input_ids"]) for example in batch] for batch in work.batches if batch]
     computed = sum(len(own) * max(own) for own in lengths)
     return Trained(state, merge(sums), sum(map(sum, lengths)), computed)
+
+
+def require_one_pass(work: Work) -> None:
+    """Refuse private work before a provisional pass, which would learn from the rows unpaid.
+
+    Raises:
+        ValueError: the work is private.
+    """
+    if work.private:
+        raise ValueError("a plan that keeps a share of its ranks does not go with private steps")
+
+
+def require_finite(state: State) -> None:
+    """Refuse tensors that noisy steps have driven out of all bounds.
+
+    Raises:
+        FloatingPointError: with a tensor's name. It tells no more than the tensors themselves.
+    """
+    for tensors in state.values():
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise FloatingPointError(f"'{name}' is not finite after noisy steps")
 
 
 def _steps(
@@ -162,12 +191,14 @@ def _steps(
         list(trained.values()), lr=settings.learning_rate, weight_decay=settings.weight_decay
     )
     sums: list[Sums] = []
-    for batch, rate in zip(work.batches, work.rates, strict=True):
+    penalty = _penalty(plan, live)
+    for step, (batch, rate) in enumerate(zip(work.batches, work.rates, strict=True)):
         optimizer.param_groups[0]["lr"] = rate
-        if work.example_clip:
-            sums += _clipped_gradients(model, task, batch, trained, masks, work.example_clip)
+        if work.private:
+            total = _clipped(model, task, batch, trained, masks, work.private, step)
+            _noised(trained, work.private.noised(total, step), penalty)
         else:
-            sums.append(_gradients(model, task, batch, _penalty(plan, live)))
+            sums.append(_gradients(model, task, batch, penalty))
         _adjust(trained, anchors, plan, settings.proximal)
         _masked(trained, masks)
         if settings.max_grad_norm:
@@ -244,32 +275,55 @@ def _gradients(
     return task.sums(scores, model.labels)
 
 
-def _clipped_gradients(
+def _clipped(
     model: Model,
     task: Task,
     batch: Sequence[Example],
     trained: Mapping[str, Parameter],
     masks: Mapping[str, Tensor],
-    bound: float,
-) -> list[Sums]:
-    """Leave the mean of the examples' gradients, each clipped to the norm `bound`, likewise.
+    private: Steps,
+    step: int,
+) -> dict[str, Tensor]:
+    """The sum of a batch's units, each clipped to one norm, before its noise."""
+    total = ClippedSum({name: p.shape for name, p in trained.items()}, private.clip)
+    for chunk in private.chunks(step, len(batch)):
+        rows = _rows(model, task, batch[chunk.start : chunk.stop], trained)
+        whole = {n: m.expand(trained[n].shape).flatten() for n, m in masks.items() if n in rows}
+        total.add({**rows, **{n: rows[n] * mask for n, mask in whole.items()}}, chunk)
+    say_left_out(total)
+    return total.total
 
-    Abadi et al. 2016, https://arxiv.org/abs/1607.00133, algorithm 1 without its noise.
-    """
-    total = {name: torch.zeros_like(parameter) for name, parameter in trained.items()}
-    sums = []
-    for example in batch:
-        sums.append(_gradients(model, task, [example], lambda: 0.0))
-        _masked(trained, masks)
-        gradients = {name: p.grad for name, p in trained.items() if p.grad is not None}
-        squares = [g.square().sum() for g in gradients.values()]
-        factor = (bound / torch.stack(squares).sum().sqrt().clamp(min=1e-12)).clamp(max=1.0)
-        for name, gradient in gradients.items():
-            total[name].add_(gradient * factor)
-            trained[name].grad = None
+
+def _rows(
+    model: Model, task: Task, batch: Sequence[Example], trained: Mapping[str, Parameter]
+) -> dict[str, Tensor]:
+    """Each row's own gradient of its own loss, (rows, parameters) by tensor."""
+    with per_example.kept(model, trained, len(batch)) as rows:
+        _scores(model, task, batch)["loss"].sum().backward()  # type: ignore[no-untyped-call]
+    return rows.gradients
+
+
+def _noised(
+    trained: Mapping[str, Parameter],
+    noisy: Mapping[str, Tensor],
+    penalty: Callable[[], Tensor | float],
+) -> None:
+    """Leave a step's noisy mean in the parameters, and the gradient of the penalty on them."""
     for name, parameter in trained.items():
-        parameter.grad = total[name] / len(batch)
-    return sums
+        parameter.grad = noisy[name].to(parameter)
+    term = penalty()
+    if isinstance(term, Tensor) and term.requires_grad:
+        term.backward()  # type: ignore[no-untyped-call]
+
+
+def say_left_out(total: ClippedSum) -> None:
+    """Tell the client's own log, and nobody else, of rows that could not be learnt from."""
+    if total.left_out:
+        log.warning(
+            "%d of this step's gradients were not finite and left out; is a row broken, or "
+            "train.learning_rate too high?",
+            total.left_out,
+        )
 
 
 def _penalty(plan: Plan, live: Mapping[str, Tensor]) -> Callable[[], Tensor | float]:

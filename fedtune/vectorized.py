@@ -22,6 +22,7 @@ from fedtune.models import Model
 from fedtune.products import Layout, UnsupportedError
 from fedtune.records import Sums, merge
 from fedtune.resident import Base
+from fedtune.seeds import seed_of
 from fedtune.stacked import Stack
 from fedtune.strategies.strategy import Plan
 from fedtune.tasks.task import Example, Scores, Task
@@ -48,10 +49,8 @@ def obstacle(model: Model, jobs: Sequence[Job]) -> str:
         bases = {digest({"base": plan.base}) for plan, _ in jobs}
         if len(bases) > 1:
             return "the clients' frozen weights differ"
-    if any(work.example_clip and plan.penalty for plan, work in jobs):
-        return "a penalty belongs to no example whose gradient could be clipped"
-    if len({bool(work.example_clip) for _, work in jobs}) > 1:
-        return "some clients clip each example's gradient and others do not"
+    if len({work.private is None for _, work in jobs}) > 1:
+        return "some clients take noisy steps and others do not"
     return ""
 
 
@@ -110,6 +109,8 @@ def _after_trial(
 ) -> list[Outcome]:
     """The same where some plans keep a share of their ranks: a provisional pass comes first."""
     partial = [number for number, (plan, _) in enumerate(jobs) if plan.keep < 1]
+    for number in partial:
+        training.require_one_pass(jobs[number][1])
     whole = [(replace(jobs[n][0], keep=1.0), jobs[n][1]) for n in partial]
     outcomes = dict(zip(partial, train(model, task, whole, settings, unpadded), strict=True))
     trials = {n: trial for n, trial in outcomes.items() if isinstance(trial, Trained)}
@@ -174,7 +175,7 @@ class _Run:
         corrected = any(plan.correction for plan in plans)
         rows = [self.stack.row({"correction": plan.correction}) for plan in plans]
         self.correction = torch.stack(rows).to(flat) if corrected else None
-        self.clip = [work.example_clip for _, work in jobs]
+        self.private = jobs[0][1].private is not None
         self.sums: list[list[Sums]] = [[] for _ in jobs]
         self.counts = [[0, 0] for _ in jobs]
         self.failures: dict[int, FloatingPointError] = {}
@@ -188,7 +189,10 @@ class _Run:
                 count = sum(len(work.batches) > step for _, work in self.jobs)
                 if not leaves or len(next(iter(leaves.values()))) != count:
                     leaves = self.stack.leaves(count)
-                self._gradients(step, count, leaves)
+                if self.private:
+                    self._noisy_gradients(step, count, leaves)
+                else:
+                    self._gradients(step, count, leaves)
                 rates = [work.rates[step] for _, work in self.jobs[:count]]
                 self._update(torch.tensor(rates, dtype=torch.float64), step + 1)
         return [self._outcome(number) for number in range(len(self.jobs))]
@@ -196,7 +200,13 @@ class _Run:
     def _outcome(self, number: int) -> Outcome:
         if number in self.failures:
             return self.failures[number]
-        return Trained(self.stack.state(number), merge(self.sums[number]), *self.counts[number])
+        state = self.stack.state(number)
+        if self.private:
+            try:
+                training.require_finite(state)
+            except FloatingPointError as error:
+                return error
+        return Trained(state, merge(self.sums[number]), *self.counts[number])
 
     def _gradients(self, step: int, count: int, leaves: dict[str, Tensor]) -> None:
         """One forward and backward pass over the batches of the first `count` clients."""
@@ -207,14 +217,40 @@ class _Run:
             each = torch.split(scores["loss"], layout.rows)
             losses = torch.stack([own.mean() for own in each])
             self._note(losses, scores, batches)
-            if layout.examples is None:
-                (losses.sum() + self._penalty(leaves)).backward()  # type: ignore[no-untyped-call]
-                self.stack.gather(leaves)
-            else:
-                scores["loss"].sum().backward()  # type: ignore[no-untyped-call]
-                self.stack.gather_clipped(layout, self.clip[:count])
+            (losses.sum() + self._penalty(leaves)).backward()  # type: ignore[no-untyped-call]
+            self.stack.gather(leaves)
 
-    def _layout(self, batches: Sequence[Sequence[Example]], step: int) -> Layout:
+    def _noisy_gradients(self, step: int, count: int, leaves: dict[str, Tensor]) -> None:
+        """The noisy means of the first `count` clients' batches, some rows of each at a time."""
+        works = [(work, work.private) for _, work in self.jobs[:count] if work.private]
+        waiting = [own.chunks(step, len(work.batches[step])) for work, own in works]
+        sums = [self.stack.clipped_sum(n, own.clip) for n, (_, own) in enumerate(works)]
+        for turn in range(max(map(len, waiting))):
+            parts = [chunks[turn] if turn < len(chunks) else None for chunks in waiting]
+            batches = [
+                work.batches[step][part.start : part.stop] if part else []
+                for (work, _), part in zip(works, parts, strict=True)
+            ]
+            layout = self._layout(batches, step, turn)
+            with stacked.applied(self.places, leaves, self.stack.scales, layout):
+                scores = self.base.scores([row for batch in batches for row in batch])
+                scores["loss"].sum().backward()  # type: ignore[no-untyped-call]
+            for number, (total, part) in enumerate(zip(sums, parts, strict=True)):
+                if part:
+                    total.add(self.stack.rows(number, layout), part)
+        for number, (total, (_, own)) in enumerate(zip(sums, works, strict=True)):
+            training.say_left_out(total)
+            whole = self.stack.cropped(number, total.total)
+            self.stack.lay(number, own.noised(whole, step))
+        penalty = self._penalty(leaves)
+        if isinstance(penalty, Tensor):
+            penalty.backward()  # type: ignore[no-untyped-call]
+            self.stack.add(leaves)
+
+    def _layout(
+        self, batches: Sequence[Sequence[Example]], step: int, turn: int | None = None
+    ) -> Layout:
+        """Whose rows are whose; with a turn, of those of a step, each row's gradient is kept."""
         lengths = [len(example["input_ids"]) for batch in batches for example in batch]
         longest = max(lengths)
         for number, batch in enumerate(batches):
@@ -226,8 +262,12 @@ class _Run:
             tokens=lengths if self.base.unpadded else [longest] * len(lengths),
             longest=longest,
             step=step,
-            seeds=[work.seed for _, work in self.jobs[: len(batches)]],
-            examples={} if self.clip[0] else None,
+            # Another stream for every turn: rows of one step share no dropout.
+            seeds=[
+                seed_of(work.seed, turn) if turn else work.seed
+                for _, work in self.jobs[: len(batches)]
+            ],
+            examples=None if turn is None else {},
         )
 
     def _note(self, losses: Tensor, scores: Scores, batches: Sequence[Sequence[Example]]) -> None:
@@ -250,7 +290,9 @@ class _Run:
         if not any(plan.penalty for plan in plans):
             return 0.0
         flat = self.stack.flat
-        factors = torch.tensor([plan.penalty for plan in plans]).to(flat)
+        # In float32 a penalty such as 0.001 would be another one than in training.py.
+        penalties = [plan.penalty for plan in plans]
+        factors = torch.tensor(penalties, dtype=torch.float64).to(flat)
         tails = torch.tensor([plan.tail for plan in plans], device=flat.device)
         total = flat.new_zeros(count)
         for name, a in leaves.items():

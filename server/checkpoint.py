@@ -53,7 +53,8 @@ def commit(folder: Path, checkpoint: Checkpoint, experiment: Experiment) -> None
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         for group, adapter in checkpoint.state.items():
-            (fresh / f"{group}.safetensors").write_bytes(save(adapter))
+            whole = {name: tensor.contiguous() for name, tensor in adapter.items()}
+            (fresh / f"{group}.safetensors").write_bytes(save(whole))
         manifest = {
             "round": checkpoint.round,
             "experiment": experiment.identity(),

@@ -15,18 +15,18 @@ from dataclasses import dataclass, field, replace
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from fedtune import adapter, aggregation, models, parts, wire
+from fedtune import adapted, adapter, aggregation, models, parts, wire
 from fedtune.adapter import Adapter, State
 from fedtune.attacks import colluded
 from fedtune.config import Experiment
-from fedtune.errors import RecipeError, RunError
+from fedtune.errors import BudgetError, RecipeError, RunError
 from fedtune.heads import HeadRule
 from fedtune.models import Model
 from fedtune.privacy.secure import Masked, config_digest
 from fedtune.records import Rejection, RoundRecord, Sums
 from fedtune.strategies.strategy import ClientInfo, Update
 from fedtune.wire import Address, RejectedError
-from server import checkpoint, exchange, joining, journal, roster, secure_aggregation
+from server import checkpoint, exchange, joining, journal, private, roster, secure_aggregation
 from server.checkpoint import Checkpoint
 from server.roster import Roster
 
@@ -65,6 +65,7 @@ class Coordinator:
         self.run_id = experiment.run_id
         self.dealt = [] if self.parts.strategy.pools else experiment.adapter.dealt()
         self.roster = Roster({})
+        self.guard = private.Guard(self.experiment)
         self.initial: State = {}
         self.metrics: dict[str, int] = {}
         self.last_rounds: dict[str, int] = {}
@@ -75,6 +76,7 @@ class Coordinator:
         Raises:
             RecipeError: the recipe, its data or its folder do not fit.
             RunError: a round had too few replies, or the folder cannot be written.
+            BudgetError: the next round would cost more privacy than the recipe allows.
         """
         e = self.experiment
         self.roster = roster.ask(self.grid, self.arm, e.coordinator)
@@ -82,19 +84,37 @@ class Coordinator:
             log.warning("a node does not take part: %s", reason)
         roster.require_quorum(self.roster, self.parts.cohort, e.coordinator)
         joining.require(self.parts, sorted(self.roster.members))
-        self._require_masks()
         self._say("roster", f"{len(self.roster.members)} clients", rounds=e.rounds)
         self.metrics = self.parts.task.metrics(self.roster.labels)
         with RESIDENT:
+            if self.parts.strategy.changes_base:
+                adapted.require_untied(self._model().module, e.strategy)
             principal = self.parts.strategy.begins == "principal"
             self.initial = models.initial(self._model(), e.seed, principal=principal)
-        start = checkpoint.latest(self.folder / "checkpoint", e) or self._begin()
+        if start := checkpoint.latest(self.folder / "checkpoint", e):
+            self._protect()
+        else:
+            start = self._begin()
         self.last_rounds = start.last_rounds
         journal.keep(self.folder, start.round)
         server = start.state
         for round in range(start.round + 1, e.rounds + 1):
-            server = self._round(server, round)
+            try:
+                server = self._round(server, round)
+            except BudgetError:
+                self._finish(server)
+                raise
         self._finish(server)
+
+    def _protect(self) -> None:
+        """Open the ledger, or begin it."""
+        try:
+            self.guard = private.guard(
+                self.experiment, self.parts, self.run_id, self.roster, self.folder
+            )
+        except OSError as error:
+            raise checkpoint.unwritable(self.folder, error, -1) from error
+        self._require_masks()
 
     def _require_masks(self) -> None:
         """Refuse cohorts that could not be masked, before the first round is trained."""
@@ -102,7 +122,7 @@ class Coordinator:
         if not isinstance(settings, Masked):
             return
         names = list(self.roster.members)
-        draws = [self.parts.cohort.draw(names, n, e.seed) for n in range(1, e.rounds + 1)]
+        draws = [self.parts.cohort.draw(names, n, self.guard.seed) for n in range(1, e.rounds + 1)]
         reason = secure_aggregation.obstacle(draws, settings, e.weighting)
         if reason:
             raise RecipeError(
@@ -122,9 +142,11 @@ class Coordinator:
             checkpoint.write_json(self.folder / "roster.json", self.roster.to_json())
         except OSError as error:
             raise checkpoint.unwritable(self.folder, error, -1) from error
+        self._protect()
         server = self.parts.strategy.start(self.initial["adapter"])
         if "head" in self.initial:
             server = {**server, "head": self.initial["head"]}
+        server = self.guard.began(server)
         began, tally = time.monotonic(), Tally()
         evaluation = self._evaluate(server, 0, tally)
         self._commit(server, 0, [], began, tally, evaluation, 0.0, {})
@@ -132,8 +154,9 @@ class Coordinator:
 
     def _round(self, server: State, round: int) -> State:
         began, tally = time.monotonic(), Tally()
-        names = self.parts.cohort.draw(list(self.roster.members), round, self.experiment.seed)
+        names = self.parts.cohort.draw(list(self.roster.members), round, self.guard.seed)
         self._say("round", f"round {round}", round=round, cohort=names)
+        self._charge(server, names, round)
         updates = self._collect(server, names, round, tally)
         needed = self.experiment.coordinator.minimum_replies
         accepted = [name for update in updates for name in update.clients]
@@ -144,11 +167,12 @@ class Coordinator:
                 f"are needed (coordinator.minimum_replies). {reasons}. Nothing of this round was "
                 "kept; run the same command again to repeat it."
             )
-        after = joining.join(self.parts, server, updates, round) if updates else server
+        before, joined = self._release(server, updates, round)
+        after = joining.join(self.parts, before, joined, round) if joined else before
         moved = adapter.norm(adapter.subtract(after["adapter"], server["adapter"]))
-        # Of masked updates only the mean is there to compare.
-        known = [] if self.parts.secure.masks else updates
-        compared = aggregation.of_round(self.parts.strategy, server, known, after, round)
+        compared = {}
+        if self.guard.compares and not self.parts.secure.masks:
+            compared = aggregation.of_round(self.parts.strategy, server, updates, after, round)
         for name in accepted:
             self.last_rounds[name] = round
         last, every = round == self.experiment.rounds, self.experiment.evaluation.every
@@ -156,13 +180,36 @@ class Coordinator:
         self._commit(after, round, names, began, tally, evaluation, moved, compared)
         return after
 
+    def _charge(self, server: State, names: Sequence[str], round: int) -> None:
+        try:
+            self.guard.charge(server, names, round)
+        except OSError as error:
+            raise checkpoint.unwritable(self.folder, error, round - 1) from error
+
+    def _release(
+        self, server: State, updates: Sequence[Update], round: int
+    ) -> tuple[State, Sequence[Update]]:
+        """What may be joined of the accepted replies."""
+        schema = self._schema(ClientInfo("any", 1), round)
+        try:
+            return self.guard.release(server, updates, schema, round)
+        except OSError as error:
+            raise checkpoint.unwritable(self.folder, error, round - 1) from error
+
+    def _schema(self, info: ClientInfo, round: int) -> State:
+        """Names, shapes and dtypes of what a client sends, but for what its protection adds."""
+        schema = self.parts.strategy.payload(self.initial["adapter"], info, round)
+        if self.head.shared and "head" in self.initial:
+            schema = {**schema, "head": self.initial["head"]}
+        return schema
+
     def _broadcast(self, server: State, name: str, round: int) -> State:
         info = self._info(server, name)
         sent = self.parts.strategy.broadcast(server, info, round)
         own_head = self.head.trained and not self.head.shared and info.last_round
         if "head" in server and not own_head:
             sent = {**sent, "head": server["head"]}
-        return sent
+        return self.guard.broadcast(server, sent)
 
     def _info(self, server: State, name: str) -> ClientInfo:
         member = self.roster.members[name]
@@ -226,17 +273,16 @@ class Coordinator:
         """Accepted updates, sorted by client name; one for all where they are masked."""
         if isinstance(self.parts.secure, Masked):
             return self._collect_masked(self.parts.secure, server, names, round, tally)
-        strategy, updates = self.parts.strategy, []
+        updates = []
+        expected = self.metrics if self.guard.tells_metrics else {}
         # Each reply is decoded as it comes, so that its bytes need not stay beside its tensors.
         for name, address, content in self._ask("train", server, names, round, tally):
             try:
-                info = self._info(server, name)
-                schema = strategy.payload(self.initial["adapter"], info, round)
-                if self.head.shared and "head" in self.initial:
-                    schema = {**schema, "head": self.initial["head"]}
+                schema = self.guard.schema(self._schema(self._info(server, name), round))
                 examples = self.roster.members[name].examples
                 state, count = wire.gate(content, address, schema, examples)
-                sums = wire.gate_metrics(content, address, self.metrics)
+                self.guard.admit(server, state)
+                sums = wire.gate_metrics(content, address, expected)
                 tokens = wire.gate_tokens(content)
             except RejectedError as error:
                 self._reject(tally, Rejection(name, error.code, error.reason))
@@ -264,11 +310,9 @@ class Coordinator:
         # Masks cancel between clients that were sent the same: each is sent what a new one needs.
         new, last = ClientInfo("", 0), self.last_rounds
         sent = self.parts.strategy.broadcast(server, new, round)
-        schema = self.parts.strategy.payload(self.initial["adapter"], new, round)
         if "head" in server:
             sent = {**sent, "head": server["head"]}
-        if self.head.shared and "head" in self.initial:
-            schema = {**schema, "head": self.initial["head"]}
+        told = self.metrics if self.guard.tells_metrics else {}
         e = self.experiment
         asked = secure_aggregation.Asked(
             run=f"{self.run_id}/{self.arm}",
@@ -277,9 +321,9 @@ class Coordinator:
                 name: Address(self.run_id, self.arm, round, name, last.get(name, 0))
                 for name in sorted(names)
             },
-            broadcast=sent,
-            schema=schema,
-            metrics={name: length for name, length in self.metrics.items() if length == 2},
+            broadcast=self.guard.broadcast(server, sent),
+            schema=self.guard.schema(self._schema(new, round)),
+            metrics={name: length for name, length in told.items() if length == 2},
             work={
                 name: 1.0 if e.train.steps else self.roster.rows(name, "train") for name in names
             },
@@ -295,7 +339,7 @@ class Coordinator:
             lambda rejection: self._reject(tally, rejection),
         )
         active, totals = secure_aggregation.collect(asked, legs, self.folder / "secure")
-        tally.train = {f"sum of {len(active)}": totals.metrics}
+        tally.train = {f"sum of {len(active)}": totals.metrics} if told else {}
         tally.tokens = totals.tokens
         tally.rejected.sort(key=lambda rejection: rejection.client)
         return [Update("", float(totals.weight), totals.mean, active)]

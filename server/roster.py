@@ -31,6 +31,7 @@ class Member:
         test_examples: its test rows.
         mix: its training rows a label, None where it withholds them or there are no labels.
         labels: the classes that its rows are encoded with.
+        units: what record-level privacy protects: its training rows, or its patients.
         identity: its public key where updates are masked, in hexadecimal digits.
         manifest: the digest of its roster, likewise.
     """
@@ -41,6 +42,7 @@ class Member:
     test_examples: int
     mix: dict[str, int] | None
     labels: tuple[str, ...]
+    units: int = 0
     identity: str = ""
     manifest: str = ""
 
@@ -159,6 +161,7 @@ def _enter(members: dict[str, Member], wanted: dict[int, int], node: int, reply:
             int(about["test_examples"]),
             about["mix"],
             tuple(about["labels"]),
+            int(about.get("units", about["examples"])),
             bytes.fromhex(str(about.get("identity", ""))).hex(),
             bytes.fromhex(str(about.get("manifest", ""))).hex(),
         )

@@ -339,7 +339,7 @@ def test_thresholds_never_allow_two_sums() -> None:
 
 def answers() -> dict[str, object]:
     """Everything that another implementation must reproduce, from keys that are given."""
-    table = Table(3, gone={})
+    table = Table(3, settings=Masked(threshold=0.67, clip=0.0, bound=8.0, cap=10_000))
     first, second = table.names[:2]
     kept, _ = table.keyed[first]
     entry = table.keyed[first][1]

@@ -45,7 +45,7 @@ def four(tiny: Experiment, four_clients: Path) -> Experiment:
 
 
 def masked(experiment: Experiment, **changes: bool | int | float | str) -> Experiment:
-    return experiment.replace(name="masked", secure_aggregation="masked", **changes)
+    return experiment.replace(**{"name": "masked", "secure_aggregation": "masked", **changes})
 
 
 def play(experiment: Experiment, client: Answer = client_app, together: int = 1) -> Path:
@@ -383,13 +383,18 @@ def test_a_round_that_was_revealed_is_never_summed_again(four: Experiment) -> No
         ({"strategy": "ffa_lora", "combine": "median"}, "combine = 'median', which compares"),
         ({"strategy": "hetlora_sum", "adapter.ranks": "1,2"}, "only equal tensors add up"),
         ({"attack": "alie"}, "forges replies from others"),
+        (
+            {"strategy": "ffa_lora", "weighting": "uniform"}
+            | {"privacy.mode": "client", "privacy.noise": 1.0},
+            "changes that the coordinator sees one by one",
+        ),
         ({"secure_aggregation": "masked(threshold=0.5)"}, "between 2/3 and 1"),
         ({"secure_aggregation": "masked(bound=0.0)"}, "bound above 0"),
         ({"secure_aggregation": "mask"}, "Did you mean 'masked'?"),
     ],
 )
 def test_what_cannot_be_masked_is_refused(
-    four: Experiment, changes: dict[str, str], message: str
+    four: Experiment, changes: dict[str, str | float], message: str
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         parts.resolve(Experiment.from_flat(masked(four).flat() | changes))
@@ -416,6 +421,26 @@ def test_scaffold_counts_clients_and_not_updates(four: Experiment) -> None:
     """control moves by |S| / N of its mean: half of it where eight are said to be there."""
     plain = four.replace(strategy="scaffold(population=8)", weighting="uniform", rounds=1)
     close(play(plain), play(masked(plain)), 1, 1e-6)
+
+
+@pytest.mark.parametrize("mode", ["record", "local"])
+def test_noise_of_clients_goes_into_the_sum_and_metrics_do_not(four: Experiment, mode: str) -> None:
+    """What noise is charged for is still the only thing that leaves; the ledger names who was in
+    the sum."""
+    secure = masked(
+        four,
+        rounds=1,
+        weighting="uniform",
+        secure_aggregation="masked(bound=64.0)",
+        privacy__mode=mode,
+        privacy__noise=1.0,
+    )
+    folder = play(secure)
+    record = records(folder)[1]
+    assert (record["train"], record["tokens"], record["rejected"]) == ({}, [0.0, 0.0], [])
+    lines = [json.loads(line) for line in (folder / "ledger.jsonl").read_text().splitlines()]
+    (released,) = [line for line in lines if line["kind"] == "release"]
+    assert released["clients"] == sorted(SIZES)
 
 
 @pytest.mark.parametrize("count", [4, 32])

@@ -8,11 +8,12 @@ from test_cli import write_recipe
 from test_imports import SOURCES, imports
 
 from clients.client import simulated
-from fedtune import identity, models, parts, study_file
+from fedtune import models, parts
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
 from fedtune.strategies.strategy import ClientInfo
-from fedtune.study import Study
+from fedtune.studies import identity, study_file
+from fedtune.studies.study import Study
 from fedtune.wire import Address
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +118,7 @@ def test_its_text_is_itself(written, tmp_path: Path) -> None:  # type: ignore[no
         ("[vary]\nseed = [1, 1]", "vary.seed lists 1 twice"),
         ('[vary]\noutput = ["a", "b"]', "output does not change a result"),
         ("[vary]\nrounds = [1, 2.5]", "rounds must be of type int"),
-        ('[vary]\nstrategy = ["fedlt"]', "strategy 'fedlt' is unknown. Did you mean 'fedit'"),
+        ('[vary]\nstrategy = ["fediit"]', "strategy 'fediit' is unknown. Did you mean 'fedit'"),
         ('[study]\nbaselin = "fedit"', "Unknown key 'study.baselin'. Did you mean 'baseline'"),
         ('[study]\nbaseline = "fedlt"', "is no arm of the study. Did you mean 'fedit'"),
         ('[study]\nreferences = ["oracel"]', "study.references: strategy 'oracel' is unknown"),

@@ -15,6 +15,7 @@ from fedtune.adapter import Adapter, State, norm, subtract
 from fedtune.config import AdapterSettings, ModelSettings, TrainSettings
 from fedtune.lowrank import products
 from fedtune.models import Model
+from fedtune.privacy.steps import Steps
 from fedtune.strategies.strategy import Plan
 from fedtune.tasks import CausalLM, Classification, Task
 from fedtune.training import Trained, Work, batches_of, rates_of
@@ -195,22 +196,43 @@ def masked(job: Job, seed: int) -> Job:
     return replace(plan, mask=mask), work
 
 
-def clipped(job: Job, bound: float) -> Job:
-    return job[0], replace(job[1], example_clip=bound)
+def noisy(job: Job, clip: float, limit: int = 64) -> Job:
+    """The same client with clipped and noisy steps; of its second step nobody is drawn."""
+    plan, work = job
+    context = ("run", "", 1, str(work.seed), "inputs")
+    private = Steps(clip, 3.0, 0.5 * clip, bytes(32), context, limit=limit)
+    batches = [batch if step != 1 else [] for step, batch in enumerate(work.batches)]
+    return plan, replace(work, batches=batches, private=private)
+
+
+def in_units(job: Job, clip: float) -> Job:
+    """Noisy, with units of one to three rows, of whose gradients two are held at once."""
+    plan, work = noisy(job, clip, limit=2)
+    assert work.private
+    units = [[(row + len(batch)) // 3 for row in range(len(batch))] for batch in work.batches]
+    return plan, replace(work, private=replace(work.private, units=units))
 
 
 CHANGES: dict[str, Callable[[int, Job], Job]] = {
     "rank": lambda i, job: ranked(job, (4, 1, 3)[i]),
     "correction": lambda i, job: corrected(job, i) if i else job,
-    "penalty": lambda i, job: (replace(job[0], penalty=0.5 * i, tail=3 - i), job[1]),
+    "penalty": lambda i, job: (replace(job[0], penalty=0.1 * i, tail=3 - i), job[1]),
     "scale": lambda i, job: (replace(job[0], scale=(1.0, 2.5, 0.5)[i]), job[1]),
     "base": lambda _, job: (replace(job[0], base=stacked_base(job[0], 1)), job[1]),
-    "example clip": lambda i, job: clipped(job, 0.02 * (i + 1)),
+    "noise": lambda i, job: noisy(job, 0.02 * (i + 1)),
+    "noise, chunks": lambda i, job: noisy(job, 0.02 * (i + 1), limit=i + 1),
+    "noise, units": lambda i, job: in_units(job, 0.02 * (i + 1)),
+    "noise, rank": lambda i, job: noisy(ranked(job, (4, 1, 3)[i]), 0.02),
+    "noise, penalty": lambda i, job: noisy(
+        (replace(job[0], penalty=0.5 * i, tail=3 - i), job[1]), 0.02
+    ),
+    "noise, correction": lambda i, job: noisy(corrected(job, i), 0.02),
+    "noise, checkpointing": lambda i, job: noisy(job, 0.02 * (i + 1)),
     "checkpointing": lambda _, job: job,
     "more ranks": lambda i, job: wider(job, (0, 3, 1)[i], i),
     "mask": lambda i, job: masked(job, i) if i else job,
     "mask, correction": lambda i, job: masked(corrected(job, i), i),
-    "mask, example clip": lambda i, job: clipped(masked(job, i), 0.02 * (i + 1)),
+    "mask, noise": lambda i, job: noisy(masked(job, i), 0.02 * (i + 1)),
     "mask, more ranks": lambda i, job: masked(wider(job, (0, 3, 1)[i], i), i),
     "keep": lambda i, job: (replace(job[0], keep=(1.0, 0.5, 0.1)[i]), job[1]),
     "blocks": lambda i, job: cored(job, i, ("blocks",)),
@@ -219,11 +241,9 @@ CHANGES: dict[str, Callable[[int, Job], Job]] = {
         job, i, ("blocks", "scales"), ("", "lora_A", "lora_")[i]
     ),
     "core, checkpointing": lambda i, job: cored(job, i, ("blocks", "scales")),
-    "blocks, example clip": lambda i, job: clipped(cored(job, i, ("blocks",)), 0.02 * (i + 1)),
-    "core, example clip": lambda i, job: clipped(
-        cored(job, i, ("blocks", "scales"), ""), 0.02 * (i + 1)
-    ),
-    "scales, example clip": lambda i, job: clipped(cored(job, i, ("scales",)), 0.02 * (i + 1)),
+    "blocks, noise": lambda i, job: noisy(cored(job, i, ("blocks",)), 0.02 * (i + 1)),
+    "core, noise": lambda i, job: noisy(cored(job, i, ("blocks", "scales"), ""), 0.02 * (i + 1)),
+    "scales, noise": lambda i, job: noisy(cored(job, i, ("scales",)), 0.02 * (i + 1)),
     "frozen core": lambda i, job: cored(job, i, ("scales",), "core"),
     "core, more ranks": lambda i, job: cored(wider(job, 2, i), i, ("blocks", "scales"), ""),
 }
@@ -249,7 +269,14 @@ def test_every_option_of_a_plan_is_the_same_together(
         changed = vectorized.train(model, task, jobs, train)[1]
         assert isinstance(unchanged, Trained)
         assert isinstance(changed, Trained)
-        assert changed.sums["loss"] != pytest.approx(unchanged.sums["loss"], rel=1e-5)
+        if "noise" in option:
+            plan, work = jobs[1]
+            assert work.private
+            keyed = replace(work, private=replace(work.private, key=bytes(range(32))))
+            assert difference(training.train(model, task, plan, keyed, train).state, changed.state)
+            assert changed.sums == {}
+        else:
+            assert changed.sums["loss"] != pytest.approx(unchanged.sums["loss"], rel=1e-5)
 
 
 def test_bfloat16_bases_differ_by_their_rounding_only(tiny_llama: Path) -> None:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from fedtune.combine import DISTANCES, Family
+from fedtune.config import Experiment
 from fedtune.errors import RecipeError
 from fedtune.strategies.rolora import RoLoRA
 from fedtune.strategies.strategy import Plan, Turn
@@ -38,6 +39,14 @@ class LoRAA2(RoLoRA):
         """Refuse what is no share."""
         if not 0 < self.share <= 1:
             raise RecipeError(f"strategy lora_a2: share = {self.share} must be in (0, 1].")
+
+    def check(self, experiment: Experiment) -> None:
+        if experiment.privacy.mode == "record" and self.share < 1:
+            raise RecipeError(
+                f"strategy = '{experiment.strategy}' does not go with privacy.mode = 'record': its "
+                "provisional pass would learn from the records a second time. Set strategy = "
+                "'lora_a2(share=1.0)' or 'rolora'."
+            )
 
     def plan(self, turn: Turn) -> Plan:
         return replace(super().plan(turn), keep=self.share)

@@ -8,6 +8,7 @@ rate eta, N clients in the population. The formula of c_i assumes SGD; with Adam
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -25,6 +26,8 @@ class Scaffold(Strategy):
     Attributes:
         population: N; 0 where all clients take part in every round.
     """
+
+    one_sum: ClassVar[bool] = False
 
     population: int = 0
 

@@ -120,6 +120,7 @@ class Strategy:
         admits_dora: whether it may train DoRA's norms beside the factors.
         fixed_frame: whether coordinates mean the same every round (else no server moments).
         sums_only: whether `aggregate` needs only a weighted sum (secure aggregation).
+        one_sum: whether a delta is all that a client sends, so that one noisy sum covers it.
         mixed_ranks: whether clients may have adapters of different ranks.
         changes_base: whether it changes the frozen weights (else they may be quantized).
         begins: whether round 1 begins from random factors, or from the principal ones of the frozen
@@ -134,6 +135,7 @@ class Strategy:
     admits_dora: ClassVar[bool] = True
     fixed_frame: ClassVar[bool] = True
     sums_only: ClassVar[bool] = True
+    one_sum: ClassVar[bool] = True
     mixed_ranks: ClassVar[bool] = False
     changes_base: ClassVar[bool] = False
     begins: ClassVar[Literal["random", "principal"]] = "random"

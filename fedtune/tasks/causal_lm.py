@@ -61,13 +61,13 @@ class CausalLM(Task):
             return []
         eos = _eos(tokenizer)
         examples = []
-        for tokens in tokenizer(texts(rows, self.text))["input_ids"]:
+        for number, tokens in enumerate(tokenizer(texts(rows, self.text))["input_ids"]):
             if tokens[-1] != eos:
                 tokens = [*tokens, eos]
             for start in range(0, len(tokens), max_length):
                 window = tokens[start : start + max_length]
                 if len(window) > 1:  # a single token predicts nothing
-                    examples.append({"input_ids": window, "labels": window})
+                    examples.append({"input_ids": window, "labels": window, "row": [number]})
         return examples
 
     def collate(self, examples: Sequence[Example], pad: int) -> Batch:

@@ -93,6 +93,8 @@ class Task(ABC):
     ) -> list[Example]:
         """Tokenised rows, each with "input_ids" and what `collate` needs.
 
+        An example has its row's number in "row", from 0, unless every row is one example.
+
         Raises:
             RecipeError: a row cannot be encoded; the message has its number, from 1.
         """

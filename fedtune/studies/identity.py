@@ -9,7 +9,7 @@ from pathlib import Path
 from fedtune.config import Experiment
 
 # Sources that only read what cells have written; a change of them leaves cells as they are.
-READERS: tuple[str, ...] = (
+READERS = (
     "cells",
     "cli",
     "compar*",
@@ -18,8 +18,10 @@ READERS: tuple[str, ...] = (
     "planning",
     "scores",
     "statistics",
+    "stud*",
+    "tuning",
+    "verdict",
 )
-READERS += ("stud*", "tuning")
 
 
 def key_of(experiment: Experiment) -> str:

@@ -9,9 +9,13 @@ from dataclasses import replace
 
 from filelock import FileLock, Timeout
 
-from fedtune import evidence, launch, scores, tuning
-from fedtune.cells import Runner, View
-from fedtune.comparison import (
+from fedtune import launch
+from fedtune.config import Leaf
+from fedtune.errors import FedTuneError, RecipeError, RunError
+from fedtune.report import LOWER_IS_BETTER
+from fedtune.studies import evidence, scores, tuning
+from fedtune.studies.cells import Runner, View
+from fedtune.studies.comparison import (
     GLOBAL,
     PROTOCOLS,
     UNTUNED,
@@ -22,12 +26,9 @@ from fedtune.comparison import (
     Score,
     Tuning,
 )
-from fedtune.config import Leaf
-from fedtune.errors import FedTuneError, RecipeError, RunError
-from fedtune.evidence import Evidence
-from fedtune.identity import code
-from fedtune.report import LOWER_IS_BETTER
-from fedtune.study import Cell, Study
+from fedtune.studies.evidence import Evidence
+from fedtune.studies.identity import code
+from fedtune.studies.study import Cell, Study
 
 Arms = dict[str, Evidence]
 

@@ -8,9 +8,17 @@ from dataclasses import dataclass
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from fedtune.comparison import PROTOCOLS, Arm, Comparison, Condition, Interval, Ranking, Score
 from fedtune.config import Leaf
 from fedtune.report import human_bytes, human_time
+from fedtune.studies.comparison import (
+    PROTOCOLS,
+    Arm,
+    Comparison,
+    Condition,
+    Interval,
+    Ranking,
+    Score,
+)
 
 NONE = "-"
 SHOWN = ("relative_error", "effective_rank", "drift")  # of the diagnostics; files have all

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from fedtune.comparison import PROTOCOLS, Arm, Comparison, Condition, Score
+from fedtune.studies.comparison import PROTOCOLS, Arm, Comparison, Condition, Score
 
 LEVEL = 0.05
 BETTER, WORSE, NOISE, UNTESTED = "better", "worse", "within noise", "not tested"

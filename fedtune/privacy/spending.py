@@ -1,0 +1,101 @@
+"""What a ledger's lines add up to: every client's events and its epsilon.
+
+Only "charge" lines cost. Each names the clients (or, in client mode, the whole population under "")
+whose mechanism, as the last "begin" line tells it, ran for one round.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedtune.privacy import accounting
+from fedtune.privacy.accounting import Cost, Event
+from fedtune.privacy.ledger import BEGIN, Line
+from fedtune.privacy.mechanism import Mechanism
+
+CHARGE = "charge"
+
+
+@dataclass(frozen=True)
+class Account:
+    """One protected population: a client's records, or all clients.
+
+    Attributes:
+        events: charged so far.
+        delta: the largest that any of its mechanisms promised.
+        rounds: charged.
+    """
+
+    events: tuple[Event, ...] = ()
+    delta: float = 0.0
+    rounds: int = 0
+
+    def after(self, mechanism: Mechanism) -> "Account":
+        """The account with one more round of a mechanism."""
+        events = accounting.merged([*self.events, mechanism.event(1)])
+        return Account(events, max(self.delta, mechanism.delta), self.rounds + 1)
+
+    @property
+    def epsilon(self) -> float:
+        """Of the models alone."""
+        return accounting.epsilon(self.events, self.delta) if self.events else 0.0
+
+    @property
+    def cost(self) -> Cost:
+        """All numbers of both accountants."""
+        return accounting.cost(self.events, self.delta or accounting.SMALLEST)
+
+
+@dataclass
+class Spending:
+    """The accounts of a ledger, and the mechanisms in force."""
+
+    accounts: dict[str, Account] = field(default_factory=dict)
+    mechanisms: dict[str, Mechanism] = field(default_factory=dict)
+
+    def take(self, line: Line) -> None:
+        """Enter a line."""
+        if line["kind"] == BEGIN:
+            self.mechanisms = mechanisms_of(line)
+        elif line["kind"] == CHARGE:
+            self.accounts |= self.after(line["clients"])
+
+    def after(self, clients: Iterable[str]) -> dict[str, Account]:
+        """The accounts of `clients` with one more round."""
+        return {
+            name: self.accounts.get(name, Account()).after(self.mechanisms[name])
+            for name in clients
+        }
+
+
+def of(lines: Sequence[Line]) -> Spending:
+    """The accounts after all lines of a ledger."""
+    spending = Spending()
+    for line in lines:
+        spending.take(line)
+    return spending
+
+
+def worst(accounts: Mapping[str, Account]) -> str:
+    """The account with the largest epsilon, the first by name among equals; "" of none."""
+    return max(sorted(accounts), key=lambda name: accounts[name].epsilon, default="")
+
+
+def mechanisms_of(begin: Line) -> dict[str, Mechanism]:
+    """The mechanisms of a "begin" line."""
+    return {name: Mechanism(**fields) for name, fields in begin["mechanisms"].items()}
+
+
+def told(cost: Cost) -> dict[str, float | None]:
+    """A cost as the ledger tells it: what an accountant cannot say is null."""
+    numbers = {
+        "eps_final_model_only": cost.epsilon,
+        "eps_observes_participation": cost.observed,
+        "delta": cost.delta,
+        "eps_pld": cost.pld,
+        "eps_rdp": cost.rdp,
+        "eps_observed_pld": cost.observed_pld,
+        "eps_observed_rdp": cost.observed_rdp,
+        "rho_zcdp": cost.rho,
+    }
+    return {key: value if math.isfinite(value) else None for key, value in numbers.items()}
