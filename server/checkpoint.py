@@ -65,7 +65,7 @@ def commit(folder: Path, checkpoint: Checkpoint, experiment: Experiment) -> None
         }
         (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         for file in [*fresh.iterdir(), fresh]:
-            _flush(file)
+            flush(file)
         shutil.rmtree(final, ignore_errors=True)
         fresh.rename(final)
         replace_text(folder / "HEAD", f"{checkpoint.round}\n")
@@ -134,9 +134,9 @@ def replace_text(path: Path, text: str) -> None:
     """Write a file in one step: after a crash it holds the old text or the new."""
     fresh = path.with_name(path.name + ".tmp")
     fresh.write_text(text, encoding="utf-8")
-    _flush(fresh)
+    flush(fresh)
     fresh.replace(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def write_json(path: Path, value: Mapping[str, object] | list[object]) -> None:
@@ -144,7 +144,7 @@ def write_json(path: Path, value: Mapping[str, object] | list[object]) -> None:
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the operating system put a file or a folder's entries on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

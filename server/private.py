@@ -218,7 +218,7 @@ class Charging(Guard):
             for name, t in tensors.items()
         ]
         if not self.central:
-            clients = [update.client for update in updates]
+            clients = [name for update in updates for name in update.clients]
             earlier = any(line["clients"] == clients for line in self._of(RELEASE, round))
             outcome = "replayed" if earlier else "released"
             self.ledger.append(

@@ -13,4 +13,9 @@ ledger.py      what was charged, one chained and signed line after another
 spending.py    what a ledger's lines add up to
 verifying.py   the same recomputed, and compared with the run
 certificate.py what a run promises, for a review board
+secure.py      whether the coordinator sees updates or their sum only
+protocol.py    a client's side of secure aggregation; stages.py what it keeps between the legs
+unmasking.py   the coordinator's side
+letters.py     what both write and sign; identity.py who is who
+ring.py        numbers as words that add up; masks.py what hides them; sharing.py secrets in parts
 """
