@@ -247,7 +247,8 @@ def _privacy(e: Experiment, parts: Parts) -> Iterator[str]:
     if parts.attack.forges:
         yield (
             f"{mode} does not go with attack = '{e.attack}', whose replies are made of others': "
-            "one client would move the sum further than the clip. Set attack = 'sign_flip' or 'none'."
+            "one client would move the sum further than the clip. Set attack = 'sign_flip', or "
+            "'none'."
         )
     if e.combine != "mean":
         yield (
