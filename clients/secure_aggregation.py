@@ -191,10 +191,21 @@ class Desk:
                 os.fsync(file.fileno())
         with _overwritten(path):
             fresh.replace(path)
+            if self.durable:
+                _flush(self.folder)
 
     def _wipe(self, name: str) -> None:
         with _overwritten(self.folder / name):
             (self.folder / name).unlink()
+
+
+def _flush(folder: Path) -> None:
+    """Have what a folder's names stand for on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 @contextlib.contextmanager
