@@ -54,7 +54,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/.developed: $(VENV)/.installed
-	$(PIP) install --constraint constraints.txt --editable '.[dev,ray,quantization]'
+	$(PIP) install --constraint constraints.txt --editable '.[dev,ray,quantization,sweep]'
 	@touch $@
 
 $(VENV)/.benchmarked: $(VENV)/.installed

@@ -16,10 +16,14 @@ from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from clients import client as clients
+from clients import secure_aggregation
 from clients.client import Client, Job, Trial
-from fedtune import parts, resident, shards, vectorized, wire
+from clients.secure_aggregation import Desk
+from fedtune import adapter, parts, resident, shards, vectorized, wire
 from fedtune.config import Experiment, Leaf
 from fedtune.errors import FedTuneError, RecipeError, RunError
+from fedtune.privacy.letters import Signed
+from fedtune.privacy.stages import Mask
 from fedtune.records import Sums
 from fedtune.training import Trained
 from fedtune.wire import Address, RejectedError
@@ -57,6 +61,11 @@ def hosted(context: Context, arm: str) -> dict[str, Client]:
     experiment = _of_arm(whole, arm)
     if _simulates(context):
         return clients.simulated(experiment)
+    if arm and whole.secure_aggregation != "none":
+        raise RecipeError(
+            f"references = '{whole.references}' would be a second sum over the same updates, which "
+            "secure aggregation must not give. Set references = 'none'."
+        )
     if arm and whole.privacy.mode != "none":
         raise RecipeError(
             f"references = '{whole.references}' would train on this client's rows without the "
@@ -141,14 +150,19 @@ def describe(message: Message, context: Context) -> Message:
         client.require_rows()
         column = client.parts.task.label_column
         counts = shards.mix([client.shard], column)[name] if column else None
+        key = client.identity
+        # A weight that is masked is not told here either, unless noise is to be charged by it.
+        hides = key and not _simulates(context) and client.experiment.privacy.mode != "record"
         described.append(
             {
                 "name": name,
-                "examples": len(client.shard.train),
+                "examples": 0 if hides else len(client.shard.train),
+                "identity": key.public.hex() if key else "",
+                "manifest": key.manifest.digest().hex() if key else "",
                 "test_examples": len(client.shard.test),
                 "mix": counts if client.policy.label_counts else None,
                 "labels": list(client.labels),
-                "units": client.units,
+                "units": 0 if hides else client.units,
             }
         )
     nodes = int(context.node_config.get("num-partitions", 0))
@@ -176,6 +190,8 @@ def evaluate(message: Message, context: Context) -> Message:
 
 def _opened(content: RecordDict, context: Context) -> tuple[Client, Job]:
     client, address = _addressed(content, context)
+    if client.identity:
+        raise RecipeError("This client sends masked updates only; this message asks for its own.")
     return client, client.prepare(address, wire.unpack(content))
 
 
@@ -279,3 +295,78 @@ def _reply(reply: RecordDict | Exception, context: Context) -> RecordDict:
         return reply
     told = _told(reply, context)
     return wire.fault(f"{type(told).__name__}: {told}")
+
+
+Masking = tuple[Client, Job, Desk, Mask]
+Answered = tuple[Address, Signed]
+
+
+def _desk(content: RecordDict, context: Context) -> tuple[Client, Address, Desk, bytes]:
+    """Who answers a letter of secure aggregation, and the letter's body."""
+    client, address = _addressed(content, context)
+    desk = secure_aggregation.desk_of(client, f"{_experiment(context).run_id}/{address.arm}")
+    return client, address, desk, wire.letter_of(content)[0]
+
+
+def _unsealed(content: RecordDict, context: Context) -> Masking:
+    client, address, desk, body = _desk(content, context)
+    received = wire.unpack(content)
+    mask = desk.mask(body, bytes.fromhex(adapter.digest(received)))
+    return client, client.prepare(address, received), desk, mask
+
+
+def _hidden(client: Client, job: Job, desk: Desk, mask: Mask, trained: Trained) -> RecordDict:
+    """The masked words and nothing else: no metrics, no counts."""
+    sent, tells = client.finish(job, trained.state), client.experiment.privacy.mode == "none"
+    tokens = [float(trained.tokens), float(trained.computed)] if tells else [0.0, 0.0]
+    sums = trained.sums if tells else {}
+    words = desk.masked(mask, sent, len(client.shard.train), sums, tokens)
+    signed = desk.signed(mask, words)
+    letter = wire.letter_record(signed.body, signed.signature)
+    records = {wire.CONFIG: job.address.record(), wire.LETTER: letter}
+    return RecordDict({**records, wire.WORDS: wire.words_record(words)})
+
+
+def _lettered(address: Address, signed: Signed) -> RecordDict:
+    letter = wire.letter_record(signed.body, signed.signature)
+    return RecordDict({wire.CONFIG: address.record(), wire.LETTER: letter})
+
+
+@app.train("masked")
+@_guarded
+def train_masked(message: Message, context: Context) -> Message:
+    """Leg 3 of secure aggregation: one client's round, and its masked update."""
+    client, job, desk, mask = _unsealed(message.content, context)
+    return Message(_hidden(client, job, desk, mask, client.train(job)), reply_to=message)
+
+
+@app.train("masked_cohort")
+@_guarded
+def train_masked_cohort(message: Message, context: Context) -> Message:
+    """Leg 3 of a bundle's clients, trained together."""
+
+    def trained(turns: Sequence[Masking]) -> Sequence[Trained | FloatingPointError]:
+        return _trained([(client, job) for client, job, _, _ in turns])
+
+    return _bundled(message, context, _unsealed, trained, _hidden)
+
+
+def _leg(leg: str) -> None:
+    """Register the answers to a leg without a model, of one client and of a bundle's."""
+
+    def begin(content: RecordDict, context: Context) -> Answered:
+        _, address, desk, body = _desk(content, context)
+        return address, desk.answer(leg, body)
+
+    def one(message: Message, context: Context) -> Message:
+        return Message(_lettered(*begin(message.content, context)), reply_to=message)
+
+    def many(message: Message, context: Context) -> Message:
+        return _bundled(message, context, begin, list, lambda *turn: _lettered(*turn[-1]))
+
+    app.train(leg)(_guarded(one))
+    app.train(f"{leg}_cohort")(_guarded(many))
+
+
+for _name in ("keys", "shares", "sign", "reveal"):
+    _leg(_name)

@@ -18,12 +18,13 @@ from fedtune.adapter import State
 from fedtune.attacks import Attack
 from fedtune.config import DataSettings, Experiment, ModelSettings
 from fedtune.errors import RecipeError
-from fedtune.files import require
 from fedtune.heads import HeadRule
 from fedtune.models import Model
-from fedtune.privacy import clipping, mechanism, noise
+from fedtune.privacy import clipping, identity, mechanism, noise
+from fedtune.privacy.identity import Identity
 from fedtune.privacy.ledger import KEY
 from fedtune.privacy.mechanism import Mechanism
+from fedtune.privacy.secure import config_digest
 from fedtune.shards import Shard
 from fedtune.strategies.strategy import Plan, Turn
 from fedtune.tasks.task import Example, Task
@@ -70,6 +71,7 @@ class Client:
         everybody: in a simulation, the client that would hold the rows of all.
         malicious: in a simulation, whether it does what the recipe's attack says.
         triggers: the test rows of all that show an attack's success, None for none.
+        identity: its key and roster, where updates are masked.
     """
 
     experiment: Experiment
@@ -82,6 +84,7 @@ class Client:
     everybody: "Client | None" = None
     malicious: bool = False
     triggers: Rows | None = None
+    identity: Identity | None = None
 
     @functools.cached_property
     def parts(self) -> parts.Parts:
@@ -106,16 +109,8 @@ class Client:
 
     @property
     def units(self) -> int:
-        """What record-level privacy protects: its training rows, or values of a column of them.
-
-        Raises:
-            RecipeError: the rows have no such column.
-        """
-        column = self.experiment.privacy.unit
-        if not column:
-            return len(self.shard.train)
-        require(self.shard.train, [column], f"privacy.unit: the rows of '{self.shard.name}'")
-        return len(set(self.shard.train[column]))
+        """What record-level privacy protects of its rows."""
+        return shards.units(self.shard, self.experiment.privacy.unit)
 
     def require_rows(self) -> None:
         """Encode every row now, so that a faulty one is told before the first round.
@@ -275,6 +270,8 @@ def simulated(experiment: Experiment) -> dict[str, Client]:
     everybody = Client(e, everything, labels, root / everything.name, rows, None)
     if resolved.strategy.pools:
         return {everything.name: everybody}
+    names = [shard.name for shard in held] if resolved.secure.masks else []
+    keys = identity.simulated(config_digest(e), names)
     return {
         shard.name: Client(
             experiment=e,
@@ -286,6 +283,7 @@ def simulated(experiment: Experiment) -> dict[str, Client]:
             everybody=everybody,
             malicious=shard.name in malicious,
             triggers=triggers,
+            identity=keys.get(shard.name),
         )
         for number, shard in enumerate(held)
     }
@@ -315,7 +313,8 @@ def institution(
         config: the node-config, sorted.
 
     Raises:
-        RecipeError: the node-config or its file is wrong, or the recipe asks for pooled rows.
+        RecipeError: the node-config or its file is wrong, or the recipe asks for pooled rows or for
+            updates in clear where the node-config names a roster.
     """
     node = dict(config)
     policy = Policy.of(node)
@@ -330,6 +329,16 @@ def institution(
             "it. Set attack = 'none'."
         )
     name = str(node["client"])
+    key = policy.identity(name)
+    if resolved.secure.masks != bool(key):
+        raise RecipeError(
+            "This institution has a roster and lets out masked updates only. Set "
+            "secure_aggregation = 'masked'."
+            if key
+            else f"secure_aggregation = '{experiment.secure_aggregation}' needs the client's own "
+            'key and the roster of all: --node-config \'... identity="/keys/north.key" '
+            'roster="/keys/roster.toml"\'.'
+        )
     data, seed = experiment.data, experiment.seed
     shard = shards.institution(
         name, str(node["shard"]), str(node.get("test", "")) or None, data, seed
@@ -337,4 +346,5 @@ def institution(
     labels = resolved.task.labels(None)
     root = Path(str(node.get("state", Path.home() / ".fedtune"))) / name / run_id
     rows = Rows((shard,), resolved.task, experiment.model)
-    return Client(experiment, shard, labels, root / experiment.strategy, rows, 0, policy)
+    folder = root / experiment.strategy
+    return Client(experiment, shard, labels, folder, rows, 0, policy, identity=key)

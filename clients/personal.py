@@ -43,7 +43,8 @@ def save(root: Path, round: int, state: State) -> None:
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
     for group, adapter in state.items():
-        (fresh / f"{group}.safetensors").write_bytes(serialized(adapter))
+        whole = {name: tensor.contiguous() for name, tensor in adapter.items()}
+        (fresh / f"{group}.safetensors").write_bytes(serialized(whole))
     shutil.rmtree(folder, ignore_errors=True)
     fresh.rename(folder)
     older = sorted(path for path in root.glob("round-??????") if path <= folder)

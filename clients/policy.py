@@ -6,9 +6,11 @@ protect.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedtune.components import nearest
 from fedtune.errors import RecipeError
+from fedtune.privacy.identity import Identity
 
 INSTITUTION_KEYS = {
     "client": str,
@@ -17,20 +19,26 @@ INSTITUTION_KEYS = {
     "state": str,
     "label_counts": bool,
     "samples": bool,
+    "identity": str,
+    "roster": str,
 }
 
 
 @dataclass(frozen=True)
 class Policy:
-    """Two releases that are off unless an institution turns them on.
+    """Two releases that are off unless an institution turns them on, and one that it can forbid.
 
     Attributes:
         label_counts: its rows a label, for the report's class mix.
         samples: answers that its model generates from its own test rows.
+        key: the file of its identity key; with it, updates leave masked or not at all.
+        roster: the file of everybody's public keys.
     """
 
     label_counts: bool = False
     samples: bool = False
+    key: str = ""
+    roster: str = ""
 
     @classmethod
     def of(cls, node_config: Mapping[str, object]) -> "Policy":
@@ -53,9 +61,19 @@ class Policy:
                     "An institution's node-config needs a client's name and its file: "
                     '--node-config \'client="north" shard="/data/notes.jsonl"\'.'
                 )
-        return cls(
-            bool(node_config.get("label_counts", False)), bool(node_config.get("samples", False))
-        )
+        key, roster = (str(node_config.get(name, "")) for name in ("identity", "roster"))
+        if bool(key) != bool(roster):
+            raise RecipeError("node-config identity and roster belong together; name both files.")
+        label_counts, samples = (bool(node_config.get(n)) for n in ("label_counts", "samples"))
+        return cls(label_counts, samples, key, roster)
+
+    def identity(self, client: str) -> Identity | None:
+        """The client's identity, None where it has none.
+
+        Raises:
+            RecipeError: a file of it is not as it must be.
+        """
+        return Identity.load(client, Path(self.key), Path(self.roster)) if self.key else None
 
 
 OPEN = Policy(label_counts=True, samples=True)

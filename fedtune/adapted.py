@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -79,6 +80,28 @@ def _require_targets(base: Base, targets: Sequence[str], name: str) -> None:
                 f"adapter.target_modules: '{name}' has no linear module '{target}'. "
                 f"It has {', '.join(ends)}; 'all-linear' takes them all."
             )
+
+
+def require_untied(module: PeftModel, strategy: str) -> None:
+    """Refuse a strategy that changes frozen weights of which one is an embedding too.
+
+    Raises:
+        RecipeError: an adapted layer shares its weight with another part, which would change too.
+    """
+    users: dict[int, set[str]] = {}
+    for path, part in module.named_modules(remove_duplicate=False):
+        weight = getattr(part, "weight", None)
+        if isinstance(weight, nn.Parameter):
+            users.setdefault(id(weight), set()).add(path)
+    for path, part in module.named_modules():
+        if isinstance(part, LoraLayer) and "default" in part.r:
+            own = part.get_base_layer().weight
+            if others := users[id(own)] - {path, f"{path}.base_layer"}:
+                raise RecipeError(
+                    f"strategy = '{strategy}' changes the frozen weights, but '{path}', which "
+                    f"adapter.target_modules names, shares its weight with '{min(others)}'. Leave "
+                    "it out of adapter.target_modules, or choose a strategy such as 'fedit'."
+                )
 
 
 def tensors_of(module: PeftModel) -> dict[str, dict[str, nn.Parameter]]:

@@ -1,4 +1,4 @@
-"""The command line: `fedtune run | compare | plan | list | report | export`.
+"""The command line: `fedtune run | compare | plan | list | report | export | keys`.
 
 Errors are for the person who must act: one line, exit code 2 for a recipe or usage, 1 for a failed
     run, and a traceback only with --debug. With --json, standard output is one JSON value.
@@ -26,6 +26,11 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+keys = typer.Typer(
+    help="A client's identity key for secure aggregation, and its line in everybody's roster.",
+    no_args_is_help=True,
+)
+app.add_typer(keys, name="keys")
 out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
@@ -118,8 +123,9 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Run a study's grid of strategies and seeds, then compare; the same command again goes on."""
-    from fedtune import comparing, comparison_files, study_file
-    from fedtune.study_progress import StudyProgress
+    from fedtune.studies import comparing, study_file
+    from fedtune.studies import files as comparison_files
+    from fedtune.studies.progress import StudyProgress
 
     given = [*(overrides or ()), *([f"output={output}"] if output else [])]
     asked = study_file.load(study, given, strategies, seeds, baseline)
@@ -141,8 +147,9 @@ def compare(
 
 
 def _show_comparison(done: Any, paths: list[Path]) -> None:
-    from fedtune import comparison_tables, tables
+    from fedtune import tables
     from fedtune.report import human_time
+    from fedtune.studies import tables as comparison_tables
 
     for title, table in comparison_tables.terminal(done):
         out.print(tables.titled(title, table))
@@ -171,6 +178,7 @@ def plan(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -
     trainable = ", ".join(f"{n:,} ({group})" for group, n in cost.trainable.items())
     up, down = human_bytes(cost.bytes_up), human_bytes(cost.bytes_down)
     for key, value in (
+        ("run", experiment.run_id),
         ("clients", f"{cost.clients:,}"),
         ("rows", f"{cost.examples:,} to train on, {cost.test_examples:,} to test on"),
         ("classes", f"{cost.classes:,}" if cost.classes else "none"),
@@ -188,6 +196,8 @@ def plan(recipe: Recipe, overrides: Overrides = None, as_json: AsJson = False) -
     out.print(table)
     if cost.mix:
         out.print(tables.mix_table(cost.mix))
+    if cost.privacy:
+        out.print(tables.privacy_table(cost.privacy))
 
 
 def _frozen(cost: Any) -> str:
@@ -256,6 +266,25 @@ def export(
 
     export_(folder, target, merge=merge)
     out.print(f"Wrote {target}", soft_wrap=True)
+
+
+KeyFile = Annotated[Path, typer.Argument(help="NAME.key, a file.", show_default=False)]
+
+
+@keys.command("new")
+def keys_new(path: KeyFile) -> None:
+    """Make the key of client NAME in NAME.key, which stays there, and print its roster line."""
+    from fedtune.privacy import identity
+
+    out.print(identity.line_of(path.stem, identity.new_key(path)), soft_wrap=True, markup=False)
+
+
+@keys.command("show")
+def keys_show(path: KeyFile) -> None:
+    """Print the roster line of the client NAME whose key is in NAME.key."""
+    from fedtune.privacy import identity
+
+    out.print(identity.line_of(path.stem, identity.read_key(path)), soft_wrap=True, markup=False)
 
 
 privacy = typer.Typer(help="What a run has promised, checked.", no_args_is_help=True)

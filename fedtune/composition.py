@@ -13,6 +13,7 @@ from fedtune.combine import Combine
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
 from fedtune.optimizers import ServerOptimizer
+from fedtune.privacy.secure import Aggregation
 from fedtune.strategies import STRATEGIES, Strategy
 from fedtune.tasks import Task
 
@@ -33,6 +34,7 @@ class Parts:
     server_optimizer: ServerOptimizer
     attack: Attack
     cohort: Cohort
+    secure: Aggregation
 
 
 def check(experiment: Experiment, parts: Parts) -> None:
@@ -41,7 +43,7 @@ def check(experiment: Experiment, parts: Parts) -> None:
     Raises:
         RecipeError: the first of them, naming both keys and what to do.
     """
-    for refusals in (_strategy, _combine, _attack, _task, _privacy):
+    for refusals in (_strategy, _combine, _attack, _task, _privacy, _secure):
         for reason in refusals(experiment, parts):
             raise RecipeError(reason)
     parts.strategy.check(experiment)
@@ -173,6 +175,42 @@ def _task(e: Experiment, parts: Parts) -> Iterator[str]:
         )
 
 
+def _secure(e: Experiment, parts: Parts) -> Iterator[str]:
+    """What needs more than the sum of updates, or clients that were sent different things."""
+    if not parts.secure.masks:
+        return
+    named = f"secure_aggregation = '{e.secure_aggregation}'"
+    if not parts.strategy.sums_only or parts.strategy.pools:
+        able = ", ".join(
+            sorted(name for name, kind in STRATEGIES.items() if kind.sums_only and not kind.pools)
+        )
+        yield (
+            f"{named} does not go with strategy = '{e.strategy}', which needs each client's "
+            f"update. Set secure_aggregation = 'none', or strategy to one of {able}."
+        )
+    if parts.combine.family != "mean":
+        yield (
+            f"{named} does not go with combine = '{e.combine}', which compares clients. Set "
+            "combine = 'mean', or secure_aggregation = 'none'."
+        )
+    if e.adapter.ranks:
+        yield (
+            f"{named} does not go with adapter.ranks = '{e.adapter.ranks}': only equal tensors add "
+            "up behind masks. Set adapter.ranks = '', or secure_aggregation = 'none'."
+        )
+    if parts.attack.forges:
+        yield (
+            f"{named} does not go with attack = '{e.attack}', which forges replies from others "
+            "that are masked. Set attack = 'sign_flip', or secure_aggregation = 'none'."
+        )
+    if e.privacy.mode == "client":
+        yield (
+            f"{named} does not go with privacy.mode = 'client', whose noise is added to changes "
+            "that the coordinator sees one by one. Set privacy.mode = 'record', or "
+            "secure_aggregation = 'none'."
+        )
+
+
 def _privacy(e: Experiment, parts: Parts) -> Iterator[str]:
     p, mode = e.privacy, f"privacy.mode = '{e.privacy.mode}'"
     if p.unit and p.mode != "record":
@@ -206,6 +244,12 @@ def _privacy(e: Experiment, parts: Parts) -> Iterator[str]:
         )
     if p.mode == "local":
         return
+    if parts.attack.forges:
+        yield (
+            f"{mode} does not go with attack = '{e.attack}', whose replies are made of others': "
+            "one client would move the sum further than the clip. Set attack = 'sign_flip', or "
+            "'none'."
+        )
     if e.combine != "mean":
         yield (
             f"{mode} does not go with combine = '{e.combine}': only of a sum is it known how far "
@@ -227,6 +271,11 @@ def _privacy(e: Experiment, parts: Parts) -> Iterator[str]:
 
 def _record(e: Experiment) -> Iterator[str]:
     mode = "privacy.mode = 'record'"
+    if e.adapter.dropout:
+        yield (
+            f"adapter.dropout = {e.adapter.dropout} does not go with {mode}: a step that is "
+            "repeated must meet the same noise with the same gradients. Set adapter.dropout = 0.0."
+        )
     if e.adapter.dora:
         yield (
             f"adapter.dora = true does not go with {mode}: the norm of the merged weights is no "

@@ -145,6 +145,7 @@ class Experiment:
     attack: str = "none"  # what malicious clients of a simulation do
     weighting: str = "examples"  # of clients: examples or uniform
     cohort: str = "all"
+    secure_aggregation: str = "none"  # or "masked": the coordinator sees the sum of updates only
     references: str = "none"  # other strategies run beside it: "local_only,centralized"
     model: ModelSettings = field(default_factory=ModelSettings)
     adapter: AdapterSettings = field(default_factory=AdapterSettings)

@@ -18,6 +18,7 @@ from fedtune.data import SOURCES
 from fedtune.errors import RecipeError
 from fedtune.optimizers import OPTIMIZERS
 from fedtune.partitions import PARTITIONS
+from fedtune.privacy.secure import AGGREGATIONS
 from fedtune.strategies import STRATEGIES
 from fedtune.tasks import TASKS
 
@@ -32,6 +33,7 @@ REGISTRIES: dict[str, Mapping[str, type]] = {
     "combine": COMBINES,
     "server_optimizer": OPTIMIZERS,
     "attack": ATTACKS,
+    "secure_aggregation": AGGREGATIONS,
 }
 
 
@@ -50,6 +52,7 @@ def resolve(experiment: Experiment) -> Parts:
         server_optimizer=build(experiment.server_optimizer, OPTIMIZERS, "server_optimizer"),
         attack=build(experiment.attack, ATTACKS, "attack"),
         cohort=build(experiment.cohort, COHORTS, "cohort"),
+        secure=build(experiment.secure_aggregation, AGGREGATIONS, "secure_aggregation"),
     )
     composition.check(experiment, parts)
     names = reference_names(experiment)
@@ -84,8 +87,13 @@ def reference(experiment: Experiment, name: str) -> Experiment:
         experiment = experiment.replace(combine="mean", server_optimizer="none", attack="none")
     if name in STRATEGIES and STRATEGIES[name].pools:
         experiment = experiment.replace(
-            coordinator__minimum_clients=1, coordinator__minimum_replies=1
+            coordinator__minimum_clients=1,
+            coordinator__minimum_replies=1,
+            secure_aggregation="none",
         )
+    # A reference that joins nothing has every client at work; one that joins has the recipe's own
+    # cohorts, so that it differs in how it joins alone.
+    apart = name in STRATEGIES and not STRATEGIES[name].joins
     # What a reference shows is that it has no noise; the ledger says that it is not covered.
     return experiment.replace(
         privacy__mode="none",
@@ -93,7 +101,7 @@ def reference(experiment: Experiment, name: str) -> Experiment:
         privacy__clip_quantile=0.0,
         strategy=name,
         references="none",
-        cohort="all",
+        cohort="all" if apart else experiment.cohort,
         output=str(folder_of(experiment) / "references"),
         name=name,
         evaluation__samples=0,

@@ -20,6 +20,8 @@ from fedtune.cache import cache_limit
 from fedtune.config import Experiment
 from fedtune.heads import HeadRule
 from fedtune.prefix import prefix_folder, usage
+from fedtune.privacy.forecast import Outlook, outlook
+from fedtune.privacy.mechanism import private
 from fedtune.seeds import generator
 from fedtune.strategies.strategy import ClientInfo
 
@@ -55,6 +57,7 @@ class Forecast:
         seconds: estimate for the rounds on one thread of this machine: counted FLOPs over its
             measured rate of matrix products; the references are not in it.
         mix: client -> label -> training rows, {} without labels.
+        privacy: what the recipe's promise will cost, None where it makes none.
     """
 
     clients: int
@@ -76,6 +79,7 @@ class Forecast:
     memory_bytes: int
     seconds: float
     mix: dict[str, dict[str, int]]
+    privacy: Outlook | None = None
 
 
 def forecast(experiment: Experiment) -> Forecast:
@@ -137,7 +141,30 @@ def forecast(experiment: Experiment) -> Forecast:
         memory_bytes=base_bytes + 20 * sum(trainable.values()) + _activations(e, longest),
         seconds=flops / _rate(),
         mix=shards.mix(held, resolved.task.label_column) if labels else {},
+        privacy=_privacy(e, resolved, held, initial, {**up, **(head if rule.shared else {})}),
     )
+
+
+def _privacy(
+    e: Experiment,
+    resolved: parts.Parts,
+    held: Sequence[shards.Shard],
+    initial: State,
+    sent: State,
+) -> Outlook | None:
+    if not private(e):
+        return None
+    noised = sent
+    if e.privacy.mode == "record":
+        strategy, rule = resolved.strategy, HeadRule.of(resolved.task, resolved.strategy)
+        trained = {n: t for n, t in initial["adapter"].items() if strategy.trains(n, 1)}
+        # A strategy with cores trains what it sends.
+        noised = {"adapter": trained or sent.get("delta", {})}
+        if rule.trained and "head" in initial:
+            noised["head"] = initial["head"]
+    parameters = sum(t.numel() for tensors in noised.values() for t in tensors.values())
+    units = {shard.name: shards.units(shard, e.privacy.unit) for shard in held}
+    return outlook(e, resolved.cohort, units, parameters)
 
 
 def _lengths(
@@ -203,4 +230,5 @@ def _rate() -> float:
 
 def as_json(forecast: Forecast, experiment: Experiment) -> dict[str, Any]:
     """For `fedtune plan --json`."""
-    return {"experiment": experiment.flat(), **vars(forecast)}
+    privacy = forecast.privacy.to_json() if forecast.privacy else None
+    return {"experiment": experiment.flat(), **vars(forecast), "privacy": privacy}

@@ -160,3 +160,15 @@ def mix(shards: Sequence[Shard], column: str) -> dict[str, dict[str, int]]:
         found: Mapping[Any, int] = Counter(shard.train[column])
         counts[shard.name] = {str(value): found[value] for value in sorted(found, key=str)}
     return counts
+
+
+def units(shard: Shard, column: str) -> int:
+    """What record-level privacy protects in a shard: training rows, or values of a column of them.
+
+    Raises:
+        RecipeError: the rows have no such column.
+    """
+    if not column:
+        return len(shard.train)
+    require(shard.train, [column], f"privacy.unit: the rows of '{shard.name}'")
+    return len(set(shard.train[column]))

@@ -6,13 +6,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from fedtune.privacy.forecast import Outlook
 from fedtune.records import RoundRecord
 from fedtune.report import LOWER_IS_BETTER, Result, Row, human_bytes, human_time
 
 MOST_ROWS = 12  # of clients in a terminal; more are shown as best, median and worst
 
 
-def titled(title: str, table: Table) -> Group:
+def titled(title: str, table: Table | Group) -> Group:
     """A table below its title; rich's own titles break at the table's width."""
     return Group(Text(f"\n{title}", style="bold"), table)
 
@@ -112,3 +113,25 @@ def mix_table(mix: dict[str, dict[str, int]], widest: int = 12) -> Group:
         table.add_row(f"{len(totals) - len(shown)} others", *map(str, others))
     table.add_row("all", *(str(sum(mix[name].values())) for name in clients), style="bold")
     return titled("Training rows a client and label", table)
+
+
+def privacy_table(outlook: Outlook) -> Group:
+    """Epsilon by round, and the noise beside the signal."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("round", "epsilon", "to who sees the sampling"):
+        table.add_column(column, justify="right")
+    for round, alone, observed in outlook.rounds:
+        table.add_row(str(round), f"{alone:.3f}", f"{observed:.3f}")
+    whose = f", client '{outlook.client}' being the worst off" if outlook.client else ""
+    share = outlook.noise_norm / outlook.signal_norm
+    return titled(
+        "privacy",
+        Group(
+            f"For each {outlook.unit} ({outlook.neighbouring}), delta = {outlook.delta:.3g}, "
+            f"against {outlook.adversary}{whose}.",
+            table,
+            f"Noise z = {outlook.noise:.4g}: {outlook.noise_per_coordinate:.3g} in each of "
+            f"{outlook.parameters:,} numbers of a mean, a norm of {outlook.noise_norm:.3g} where "
+            f"the signal has {outlook.signal_norm:.3g} at most ({share:.3g} times as much).",
+        ),
+    )

@@ -290,7 +290,9 @@ class _Run:
         if not any(plan.penalty for plan in plans):
             return 0.0
         flat = self.stack.flat
-        factors = torch.tensor([plan.penalty for plan in plans]).to(flat)
+        # In float32 a penalty such as 0.001 would be another one than in training.py.
+        penalties = [plan.penalty for plan in plans]
+        factors = torch.tensor(penalties, dtype=torch.float64).to(flat)
         tails = torch.tensor([plan.tail for plan in plans], device=flat.device)
         total = flat.new_zeros(count)
         for name, a in leaves.items():

@@ -32,6 +32,7 @@ MAXIMUM_EXAMPLES = 10**9
 CONFIG, METRICS, SAMPLES = "config", "metrics", "samples"
 EXAMPLES, TOKENS = "num-examples", "num-tokens"  # in the metrics, beside what a task adds up
 BUNDLE, FAULT = "bundle", "fault"
+LETTER, WORDS = "letter", "words"  # of secure aggregation
 
 
 class RejectedError(Exception):
@@ -157,13 +158,66 @@ def fault_of(content: RecordDict) -> str | None:
 
 
 def size(content: RecordDict) -> int:
-    """Bytes of all arrays in a message as they are serialised, npy headers included."""
-    return sum(
-        len(array.data)
+    """Bytes of a message's letter and of all its arrays, serialised, npy headers included."""
+    arrays = (
+        array
         for record in content.values()
         if isinstance(record, ArrayRecord)
         for array in record.values()
     )
+    letter = content.get(LETTER)
+    texts = letter.values() if isinstance(letter, ConfigRecord) else ()
+    return sum(len(array.data) for array in arrays) + sum(len(t) for t in texts if type(t) is bytes)
+
+
+def letter_record(body: bytes, signature: bytes = b"") -> ConfigRecord:
+    """A letter of secure aggregation as a Flower record."""
+    return ConfigRecord({"body": body, "signature": signature})
+
+
+def letter_of(content: RecordDict) -> tuple[bytes, bytes]:
+    """(body, signature) of a message's letter.
+
+    Raises:
+        RejectedError: it has none.
+    """
+    record = content.get(LETTER)
+    if isinstance(record, ConfigRecord) and set(record) == {"body", "signature"}:
+        body, signature = record["body"], record["signature"]
+        if isinstance(body, bytes) and isinstance(signature, bytes):
+            return body, signature
+    raise RejectedError("E_SCHEMA", "the message has no letter")
+
+
+def words_record(words: np.ndarray) -> ArrayRecord:
+    """Masked words as a Flower record."""
+    return ArrayRecord({WORDS: Array(words.astype("<u4", copy=False))})
+
+
+def gate_words(content: RecordDict, sent: Address, count: int) -> np.ndarray:
+    """The masked words of a reply, if it is what was asked for and holds nothing else.
+
+    Args:
+        content: of the reply.
+        sent: the address that the message carried.
+        count: of words.
+
+    Raises:
+        RejectedError: E_REPLAY, E_SCHEMA or E_DTYPE.
+    """
+    same_turn(content, sent)
+    record = content.get(WORDS)
+    if set(content) != {CONFIG, LETTER, WORDS} or not isinstance(record, ArrayRecord):
+        raise RejectedError("E_SCHEMA", "the reply holds other records than masked words")
+    if set(record) != {WORDS} or record[WORDS].stype != "numpy.ndarray":
+        raise RejectedError("E_SCHEMA", "the masked words are not one array")
+    dtype, shape, begin = _header(WORDS, record[WORDS].data)
+    if dtype != np.dtype("<u4") or record[WORDS].dtype != str(dtype):
+        raise RejectedError("E_DTYPE", f"the masked words are {dtype}, not uint32")
+    body = memoryview(record[WORDS].data)[begin:]
+    if shape != (count,) or tuple(record[WORDS].shape) != shape or len(body) != 4 * count:
+        raise RejectedError("E_SCHEMA", f"the masked words are {shape}, not ({count},)")
+    return np.frombuffer(body, dtype)
 
 
 def _header(name: str, data: bytes) -> tuple[np.dtype, tuple[int, ...], int]:
@@ -217,7 +271,7 @@ def gate(content: RecordDict, sent: Address, schema: State, examples: int) -> tu
         RejectedError: with a code and a reason: E_REPLAY (another turn), E_SCHEMA (names, shapes,
             sizes), E_DTYPE, E_NONFINITE, E_WEIGHT.
     """
-    _same_turn(content, sent)
+    same_turn(content, sent)
     groups = {key: record for key, record in content.items() if isinstance(record, ArrayRecord)}
     if odd := groups.keys() ^ schema.keys():
         raise RejectedError("E_SCHEMA", f"the groups {sorted(odd)} are missing or unknown")
@@ -240,7 +294,12 @@ def gate(content: RecordDict, sent: Address, schema: State, examples: int) -> tu
     return state, count
 
 
-def _same_turn(content: RecordDict, sent: Address) -> None:
+def same_turn(content: RecordDict, sent: Address) -> None:
+    """Nothing, if the content carries the address that was sent.
+
+    Raises:
+        RejectedError: E_REPLAY or E_SCHEMA.
+    """
     came = Address.of(content)
     if came != sent:
         odd = [key for key in vars(sent) if getattr(came, key) != getattr(sent, key)]
@@ -276,7 +335,7 @@ def gate_metrics(
     Raises:
         RejectedError: E_REPLAY, E_SCHEMA or E_NONFINITE.
     """
-    _same_turn(content, sent)
+    same_turn(content, sent)
     record = content.get(METRICS)
     if not isinstance(record, MetricRecord):
         raise RejectedError("E_SCHEMA", "the reply has no metrics")

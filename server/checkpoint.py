@@ -53,7 +53,8 @@ def commit(folder: Path, checkpoint: Checkpoint, experiment: Experiment) -> None
         shutil.rmtree(fresh, ignore_errors=True)
         fresh.mkdir(parents=True)
         for group, adapter in checkpoint.state.items():
-            (fresh / f"{group}.safetensors").write_bytes(save(adapter))
+            whole = {name: tensor.contiguous() for name, tensor in adapter.items()}
+            (fresh / f"{group}.safetensors").write_bytes(save(whole))
         manifest = {
             "round": checkpoint.round,
             "experiment": experiment.identity(),
@@ -64,7 +65,7 @@ def commit(folder: Path, checkpoint: Checkpoint, experiment: Experiment) -> None
         }
         (fresh / "manifest.json").write_text(json.dumps(manifest, indent=1) + "\n")
         for file in [*fresh.iterdir(), fresh]:
-            _flush(file)
+            flush(file)
         shutil.rmtree(final, ignore_errors=True)
         fresh.rename(final)
         replace_text(folder / "HEAD", f"{checkpoint.round}\n")
@@ -133,9 +134,9 @@ def replace_text(path: Path, text: str) -> None:
     """Write a file in one step: after a crash it holds the old text or the new."""
     fresh = path.with_name(path.name + ".tmp")
     fresh.write_text(text, encoding="utf-8")
-    _flush(fresh)
+    flush(fresh)
     fresh.replace(path)
-    _flush(path.parent)
+    flush(path.parent)
 
 
 def write_json(path: Path, value: Mapping[str, object] | list[object]) -> None:
@@ -143,7 +144,7 @@ def write_json(path: Path, value: Mapping[str, object] | list[object]) -> None:
     replace_text(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Have the operating system put a file or a folder's entries on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:

@@ -15,17 +15,18 @@ from dataclasses import dataclass, field, replace
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from fedtune import adapter, aggregation, models, parts, wire
+from fedtune import adapted, adapter, aggregation, models, parts, wire
 from fedtune.adapter import Adapter, State
 from fedtune.attacks import colluded
 from fedtune.config import Experiment
-from fedtune.errors import BudgetError, RunError
+from fedtune.errors import BudgetError, RecipeError, RunError
 from fedtune.heads import HeadRule
 from fedtune.models import Model
+from fedtune.privacy.secure import Masked, config_digest
 from fedtune.records import Rejection, RoundRecord, Sums
 from fedtune.strategies.strategy import ClientInfo, Update
 from fedtune.wire import Address, RejectedError
-from server import checkpoint, exchange, joining, journal, private, roster
+from server import checkpoint, exchange, joining, journal, private, roster, secure_aggregation
 from server.checkpoint import Checkpoint
 from server.roster import Roster
 
@@ -86,6 +87,8 @@ class Coordinator:
         self._say("roster", f"{len(self.roster.members)} clients", rounds=e.rounds)
         self.metrics = self.parts.task.metrics(self.roster.labels)
         with RESIDENT:
+            if self.parts.strategy.changes_base:
+                adapted.require_untied(self._model().module, e.strategy)
             principal = self.parts.strategy.begins == "principal"
             self.initial = models.initial(self._model(), e.seed, principal=principal)
         if start := checkpoint.latest(self.folder / "checkpoint", e):
@@ -111,6 +114,21 @@ class Coordinator:
             )
         except OSError as error:
             raise checkpoint.unwritable(self.folder, error, -1) from error
+        self._require_masks()
+
+    def _require_masks(self) -> None:
+        """Refuse cohorts that could not be masked, before the first round is trained."""
+        settings, e = self.parts.secure, self.experiment
+        if not isinstance(settings, Masked):
+            return
+        names = list(self.roster.members)
+        draws = [self.parts.cohort.draw(names, n, self.guard.seed) for n in range(1, e.rounds + 1)]
+        reason = secure_aggregation.obstacle(draws, settings, e.weighting)
+        if reason:
+            raise RecipeError(
+                f"secure_aggregation = '{e.secure_aggregation}' with cohort = '{e.cohort}': "
+                f"{reason}. Ask more clients, or set secure_aggregation = 'none'."
+            )
 
     def _model(self) -> Model:
         e = self.experiment
@@ -141,10 +159,11 @@ class Coordinator:
         self._charge(server, names, round)
         updates = self._collect(server, names, round, tally)
         needed = self.experiment.coordinator.minimum_replies
-        if names and len(updates) < needed:
+        accepted = [name for update in updates for name in update.clients]
+        if names and len(accepted) < needed:
             reasons = "; ".join(f"{r.client}: {r.reason.rstrip('.')}" for r in tally.rejected)
             raise RunError(
-                f"Round {round}: {len(updates)} of {len(names)} replies were accepted, {needed} "
+                f"Round {round}: {len(accepted)} of {len(names)} replies were accepted, {needed} "
                 f"are needed (coordinator.minimum_replies). {reasons}. Nothing of this round was "
                 "kept; run the same command again to repeat it."
             )
@@ -152,10 +171,10 @@ class Coordinator:
         after = joining.join(self.parts, before, joined, round) if joined else before
         moved = adapter.norm(adapter.subtract(after["adapter"], server["adapter"]))
         compared = {}
-        if self.guard.compares:
+        if self.guard.compares and not self.parts.secure.masks:
             compared = aggregation.of_round(self.parts.strategy, server, updates, after, round)
-        for update in updates:
-            self.last_rounds[update.client] = round
+        for name in accepted:
+            self.last_rounds[name] = round
         last, every = round == self.experiment.rounds, self.experiment.evaluation.every
         evaluation = self._evaluate(after, round, tally) if last or round % every == 0 else {}
         self._commit(after, round, names, began, tally, evaluation, moved, compared)
@@ -251,7 +270,9 @@ class Coordinator:
     def _collect(
         self, server: State, names: Sequence[str], round: int, tally: Tally
     ) -> list[Update]:
-        """Accepted updates, sorted by client name."""
+        """Accepted updates, sorted by client name; one for all where they are masked."""
+        if isinstance(self.parts.secure, Masked):
+            return self._collect_masked(self.parts.secure, server, names, round, tally)
         updates = []
         expected = self.metrics if self.guard.tells_metrics else {}
         # Each reply is decoded as it comes, so that its bytes need not stay beside its tensors.
@@ -274,6 +295,54 @@ class Coordinator:
         tally.rejected.sort(key=lambda rejection: rejection.client)
         updates.sort(key=lambda update: update.client)
         return colluded(updates, self.parts.attack, sorted(self.roster.members))
+
+    def _collect_masked(
+        self, settings: Masked, server: State, names: Sequence[str], round: int, tally: Tally
+    ) -> list[Update]:
+        """The mean of the clients that stayed, as one update."""
+        if not names:
+            return []
+
+        def moved(down: int, up: int) -> None:
+            tally.bytes_down += down
+            tally.bytes_up += up
+
+        # Masks cancel between clients that were sent the same: each is sent what a new one needs.
+        new, last = ClientInfo("", 0), self.last_rounds
+        sent = self.parts.strategy.broadcast(server, new, round)
+        if "head" in server:
+            sent = {**sent, "head": server["head"]}
+        told = self.metrics if self.guard.tells_metrics else {}
+        e = self.experiment
+        asked = secure_aggregation.Asked(
+            run=f"{self.run_id}/{self.arm}",
+            round=round,
+            addresses={
+                name: Address(self.run_id, self.arm, round, name, last.get(name, 0))
+                for name in sorted(names)
+            },
+            broadcast=self.guard.broadcast(server, sent),
+            schema=self.guard.schema(self._schema(new, round)),
+            metrics={name: length for name, length in told.items() if length == 2},
+            work={
+                name: 1.0 if e.train.steps else self.roster.rows(name, "train") for name in names
+            },
+            config=config_digest(e),
+            settings=settings,
+            weighting=e.weighting,
+        )
+        legs = secure_aggregation.Legs(
+            self.grid,
+            self.roster,
+            e.coordinator.timeout_seconds,
+            moved,
+            lambda rejection: self._reject(tally, rejection),
+        )
+        active, totals = secure_aggregation.collect(asked, legs, self.folder / "secure")
+        tally.train = {f"sum of {len(active)}": totals.metrics} if told else {}
+        tally.tokens = totals.tokens
+        tally.rejected.sort(key=lambda rejection: rejection.client)
+        return [Update("", float(totals.weight), totals.mean, active)]
 
     def _evaluate(self, server: State, round: int, tally: Tally) -> dict[str, dict[str, Sums]]:
         """Metrics on own test rows, and for personal models in the last round on pooled ones."""

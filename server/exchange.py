@@ -48,7 +48,7 @@ def ask(
     Args:
         grid: Flower's way to the nodes.
         roster: who is where.
-        kind: "train" or "evaluate".
+        kind: "train" or "evaluate", or "train." and a leg of secure aggregation.
         sent: client -> what it is sent.
         work: client -> what its answer will cost, in any unit.
         round: stands in the messages' metadata.
@@ -92,7 +92,8 @@ def _messages(
     for number, chunk in enumerate(chunks.deal(own, roster.together, len(roster.nodes))):
         node, content, type_ = roster.nodes[number % len(roster.nodes)], sent[chunk[0]], kind
         if roster.together > 1:
-            content, type_ = wire.bundle([sent[name] for name in chunk]), f"{kind}.cohort"
+            together = f"{kind}_cohort" if "." in kind else f"{kind}.cohort"
+            content, type_ = wire.bundle([sent[name] for name in chunk]), together
         messages.append((chunk, Message(content, node, type_, group_id=group)))
     return messages
 

@@ -27,11 +27,13 @@ class Member:
     Attributes:
         name: its name.
         node: the node that hosts it.
-        examples: its training rows.
+        examples: its training rows, 0 where it withholds them.
         test_examples: its test rows.
         mix: its training rows a label, None where it withholds them or there are no labels.
         labels: the classes that its rows are encoded with.
         units: what record-level privacy protects: its training rows, or its patients.
+        identity: its public key where updates are masked, in hexadecimal digits.
+        manifest: the digest of its roster, likewise.
     """
 
     name: str
@@ -41,6 +43,8 @@ class Member:
     mix: dict[str, int] | None
     labels: tuple[str, ...]
     units: int = 0
+    identity: str = ""
+    manifest: str = ""
 
 
 @dataclass(frozen=True)
@@ -78,7 +82,7 @@ class Roster:
         clients = [
             {
                 "name": member.name,
-                "examples": member.examples,
+                "examples": member.examples or None,
                 "test_examples": member.test_examples,
                 "mix": member.mix,
             }
@@ -158,6 +162,8 @@ def _enter(members: dict[str, Member], wanted: dict[int, int], node: int, reply:
             about["mix"],
             tuple(about["labels"]),
             int(about.get("units", about["examples"])),
+            bytes.fromhex(str(about.get("identity", ""))).hex(),
+            bytes.fromhex(str(about.get("manifest", ""))).hex(),
         )
     nodes = int(str(record["nodes"]))
     if nodes:

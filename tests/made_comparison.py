@@ -4,7 +4,7 @@ import math
 import random
 import statistics
 
-from fedtune.comparison import (
+from fedtune.studies.comparison import (
     GLOBAL,
     PERSONAL,
     UNTUNED,

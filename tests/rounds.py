@@ -30,6 +30,7 @@ class Cohort:
         weights: of the clients.
         ranks: of the clients, 0 for the global one.
         seed: of every tensor.
+        dtype: of every tensor.
     """
 
     shapes: dict[str, tuple[int, int]]
@@ -37,6 +38,7 @@ class Cohort:
     weights: tuple[float, ...]
     ranks: tuple[int, ...]
     seed: int
+    dtype: torch.dtype = torch.float64
 
     def adapter(self, *seed: int | str) -> Adapter:
         """A random adapter of the global rank."""
@@ -44,7 +46,7 @@ class Cohort:
         for module, (d_out, d_in) in self.shapes.items():
             for key, shape in (("A", (self.rank, d_in)), ("B", (d_out, self.rank))):
                 values = torch.randn(shape, generator=draws, dtype=torch.float64)
-                drawn[f"{module}.lora_{key}.weight"] = values
+                drawn[f"{module}.lora_{key}.weight"] = values.to(self.dtype)
         return drawn
 
     def info(self, number: int, last_round: int = 0) -> ClientInfo:

@@ -36,6 +36,15 @@ def test_what_is_committed_is_read_back_bitwise(tmp_path: Path) -> None:
     assert (tmp_path / "HEAD").read_text() == "3\n"
 
 
+def test_a_strategy_may_return_views_of_other_tensors(tmp_path: Path) -> None:
+    wide = torch.arange(12.0).reshape(3, 4)
+    state = {"adapter": {"A": wide.T, "B": wide[:, :2], "C": wide}}
+    commit(tmp_path, Checkpoint(1, state, {}), E)
+    read = latest(tmp_path, E)
+    assert read is not None
+    assert digest(read.state) == digest(state)
+
+
 def test_there_is_none_before_the_first(tmp_path: Path) -> None:
     assert latest(tmp_path / "nothing", E) is None
 

@@ -14,6 +14,7 @@ import pytest
 
 from fedtune import cli, parts
 from fedtune.config import Experiment
+from fedtune.privacy.identity import Identity
 
 ROOT = Path(__file__).parent.parent
 
@@ -238,3 +239,15 @@ def test_a_run_survives_real_kills_at_random_moments(tiny: Experiment, tmp_path:
     ]
     assert kept[0] == kept[1]
     assert len(kept[0]) == 18
+
+
+def test_a_key_is_made_once_and_shown_as_its_line_in_a_roster(tmp_path: Path, fedtune) -> None:  # type: ignore
+    code, line, _ = fedtune("keys", "new", tmp_path / "north.key")
+    assert code == 0
+    assert fedtune("keys", "show", tmp_path / "north.key")[:2] == (0, line)
+    (tmp_path / "roster.toml").write_text(f"[keys]\n{line}")
+    identity = Identity.load("north", tmp_path / "north.key", tmp_path / "roster.toml")
+    assert identity.manifest.keys == {"north": identity.public}
+    code, _, error = fedtune("keys", "new", tmp_path / "north.key")
+    assert code == 2
+    assert "File exists" in error

@@ -15,7 +15,8 @@ from clients.policy import Policy
 from fedtune import parts, wire
 from fedtune.adapter import State
 from fedtune.config import Experiment
-from fedtune.errors import RecipeError, RunError
+from fedtune.errors import FedTuneError, RecipeError, RunError
+from fedtune.privacy.identity import line_of, new_key
 from fedtune.wire import Address
 
 Node = dict[str, bool | int | float | str]
@@ -180,3 +181,58 @@ def test_a_fault_in_a_bundle_does_not_tell_what_stood_in_a_row(
         fault = str(wire.fault_of(reply))
         assert ("4711" in fault) != hidden
         assert "KeyError" in fault
+
+
+@pytest.fixture
+def masking(hospital: tuple[Experiment, Node], tmp_path: Path) -> tuple[Experiment, Node]:
+    """The hospital with a key, and a roster of itself and two others."""
+    experiment, node = hospital
+    names = ("hospital", "bank", "shop")
+    lines = [line_of(name, new_key(tmp_path / f"{name}.key")) for name in names]
+    (tmp_path / "roster.toml").write_text("\n".join(["[keys]", *lines]) + "\n")
+    files: Node = {
+        "identity": str(tmp_path / "hospital.key"),
+        "roster": str(tmp_path / "roster.toml"),
+        "state": str(tmp_path / "kept"),
+    }
+    return experiment.replace(secure_aggregation="masked"), {**node, **files}
+
+
+def test_who_masks_tells_its_key_and_not_its_rows(masking: tuple[Experiment, Node]) -> None:
+    (about,) = json.loads(str(asked(*masking).content[wire.CONFIG]["clients"]))
+    assert (about["examples"], about["mix"]) == (0, None)
+    assert len(bytes.fromhex(about["identity"])) == len(bytes.fromhex(about["manifest"])) == 32
+
+
+def test_who_has_a_roster_lets_no_update_out_in_clear(masking: tuple[Experiment, Node]) -> None:
+    """Whatever recipe the coordinator sends, and whatever it asks for within a masked one."""
+    experiment, node = masking
+    with pytest.raises(RecipeError, match="lets out masked updates only"):
+        asked(experiment.replace(secure_aggregation="none"), node)
+    content = RecordDict({wire.CONFIG: Address(experiment.run_id, "", 1, "hospital").record()})
+    with pytest.raises(RecipeError, match="sends masked updates only"):
+        told(experiment, node, content, "train")
+
+
+def test_a_key_and_a_roster_belong_together(masking: tuple[Experiment, Node]) -> None:
+    experiment, node = masking
+    bare = {key: value for key, value in node.items() if key not in ("identity", "roster")}
+    with pytest.raises(RecipeError, match="needs the client's own key and the roster of all"):
+        asked(experiment, bare)
+    with pytest.raises(RecipeError, match="belong together"):
+        asked(experiment, {**bare, "roster": node["roster"]})
+    with pytest.raises(RecipeError, match="has not the key of"):
+        asked(experiment, {**node, "client": "bank"})
+
+
+def test_a_letter_that_nobody_expects_is_refused(
+    masking: tuple[Experiment, Node], hospital: tuple[Experiment, Node]
+) -> None:
+    for (experiment, node), reason in (
+        (masking, "no letter of the form Opening"),
+        (hospital, "there is no letter to answer"),
+    ):
+        address = Address(experiment.run_id, "", 1, "hospital").record()
+        content = RecordDict({wire.CONFIG: address, wire.LETTER: wire.letter_record(b"hello")})
+        with pytest.raises(FedTuneError, match=reason):
+            told(experiment, node, content, "train.keys")

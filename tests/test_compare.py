@@ -12,19 +12,20 @@ import pyarrow.parquet as pq
 import pytest
 from test_cli import call, write_recipe
 
-from fedtune import comparing, comparison, launch, parts, report, study_file
+from fedtune import launch, parts, report
 from fedtune.adapter import State
-from fedtune.cells import Runner
 from fedtune.combine import Combine
-from fedtune.comparison import GLOBAL, PERSONAL, Comparison
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError, RunError
 from fedtune.processes import can_fork
 from fedtune.records import RoundRecord
 from fedtune.strategies import STRATEGIES
 from fedtune.strategies.strategy import Strategy, Update
-from fedtune.study import Study
-from fedtune.study_progress import StudyProgress
+from fedtune.studies import comparing, comparison, study_file
+from fedtune.studies.cells import Runner
+from fedtune.studies.comparison import GLOBAL, PERSONAL, Comparison
+from fedtune.studies.progress import StudyProgress
+from fedtune.studies.study import Study
 
 STUDY = """
 [vary]

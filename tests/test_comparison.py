@@ -6,8 +6,8 @@ import json
 import pytest
 from made_comparison import example
 
-from fedtune.comparison import Comparison, Curve, read
 from fedtune.errors import RunError
+from fedtune.studies.comparison import Comparison, Curve, read
 
 
 @pytest.mark.parametrize("conditions", [1, 2])
@@ -31,7 +31,7 @@ def test_every_class_of_it_is_in_the_example() -> None:
             return {type(value).__name__} | kinds(fields)
         return set()
 
-    import fedtune.comparison as module
+    import fedtune.studies.comparison as module
 
     named = {n for n, v in vars(module).items() if dataclasses.is_dataclass(v)}
     assert kinds(example()) == named

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 from made_comparison import example
 
-from fedtune import comparison_files, comparison_tables
-from fedtune.comparison import Comparison
+from fedtune.studies import files, tables
+from fedtune.studies.comparison import Comparison
 
 
 @pytest.fixture(scope="module")
@@ -19,20 +19,20 @@ def made() -> Comparison:
 
 
 def test_every_file_is_written_and_the_two_tables_agree(made: Comparison, tmp_path: Path) -> None:
-    paths = comparison_files.write(made, tmp_path)
+    paths = files.write(made, tmp_path)
     assert [p.name for p in paths] == [
         f"comparison.{end}" for end in ("json", "csv", "parquet", "md", "tex", "html")
     ]
     assert Comparison.from_json(paths[0].read_text(encoding="utf-8")) == made
     rows = pq.read_table(paths[2]).to_pylist()
-    assert rows == [{**dict.fromkeys(comparison_files.SCHEMA.names), **row} for row in
-                    comparison_files.rows(made)]  # fmt: skip
+    assert rows == [{**dict.fromkeys(files.SCHEMA.names), **row} for row in
+                    files.rows(made)]  # fmt: skip
     assert len(paths[1].read_text().splitlines()) == len(rows) + 1
 
 
 def test_no_number_is_left_out(made: Comparison) -> None:
     """Whatever number the comparison's JSON has is a value of some row."""
-    told = {row.get("value") for row in comparison_files.rows(made)}
+    told = {row.get("value") for row in files.rows(made)}
     numbers: set[float] = set()
     for condition in made.conditions:
         for arm in condition.arms:
@@ -54,13 +54,13 @@ def test_no_number_is_left_out(made: Comparison) -> None:
 
 
 def test_a_row_says_what_it_is_of(made: Comparison) -> None:
-    rows = list(comparison_files.rows(made))
+    rows = list(files.rows(made))
     keys = [tuple(v for k, v in sorted(r.items()) if k not in ("value", "other")) for r in rows]
     assert len(set(keys)) == len(keys)
 
 
 def test_markdown_tables_are_tables(made: Comparison) -> None:
-    text = comparison_tables.markdown(made)
+    text = tables.markdown(made)
     assert "<script>" not in text
     assert "fed_&lt;b&gt;&amp;_%$#(scale=0.5)" in text
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.M)
@@ -71,8 +71,8 @@ def test_markdown_tables_are_tables(made: Comparison) -> None:
 
 
 def test_what_would_end_a_cell_does_not() -> None:
-    assert comparison_tables._plain("a|b`c*d[e]\n<f>") == r"a\|b\`c\*d\[e\] &lt;f&gt;"
-    shown = comparison_tables._tex(r"50% of {a_b} & $c ~ ^ \d #1 <e> [-0.5, +2] x-y")
+    assert tables._plain("a|b`c*d[e]\n<f>") == r"a\|b\`c\*d\[e\] &lt;f&gt;"
+    shown = tables._tex(r"50% of {a_b} & $c ~ ^ \d #1 <e> [-0.5, +2] x-y")
     assert shown == (
         r"50\% of \{a\_b\} \& \$c \textasciitilde{} \textasciicircum{} \textbackslash{}d \#1 "
         r"\textless{}e\textgreater{} {[}$-$0.5, +2{]} x-y"
@@ -80,12 +80,12 @@ def test_what_would_end_a_cell_does_not() -> None:
 
 
 def test_latex_has_as_many_cells_as_columns_and_every_brace_closed(made: Comparison) -> None:
-    text = comparison_tables.latex(made)
+    text = tables.latex(made)
     bare = re.sub(r"\\[\\{}%&#$_]", "", text)
     assert bare.count("{") == bare.count("}")
-    tables = re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.S)
-    assert len(tables) == 10
-    for columns, body in tables:
+    tabulars = re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.S)
+    assert len(tabulars) == 10
+    for columns, body in tabulars:
         lines = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert len(lines) > 1
         for line in lines:
@@ -96,7 +96,7 @@ def test_latex_has_as_many_cells_as_columns_and_every_brace_closed(made: Compari
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="there is no LaTeX here")
 def test_latex_compiles(made: Comparison, tmp_path: Path) -> None:
-    (tmp_path / "tables.tex").write_text(comparison_tables.latex(made), encoding="utf-8")
+    (tmp_path / "tables.tex").write_text(tables.latex(made), encoding="utf-8")
     (tmp_path / "paper.tex").write_text(
         "\\documentclass{article}\\usepackage{booktabs,graphicx}\\usepackage[T1]{fontenc}\n"
         "\\begin{document}\\input{tables}\\end{document}\n"
@@ -107,7 +107,7 @@ def test_latex_compiles(made: Comparison, tmp_path: Path) -> None:
 
 
 def test_a_target_that_no_seed_reaches_is_said(made: Comparison) -> None:
-    table = comparison_tables.cost(made, made.conditions[0])
+    table = tables.cost(made, made.conditions[0])
     rows = {row[0]: row for row in table.rows}
     assert rows["local_only"][5:] == ["0 of 3 seeds", "-", "-", "-", "-"]
     assert rows["fedit"][5:8] == ["3.0", "4.5 MB", "7.0 s"]

@@ -10,10 +10,10 @@ from browser import DESK, PHONE, Visit, visit
 from made_comparison import example
 from playwright.sync_api import Browser
 
-from fedtune import comparison_page
-from fedtune.comparison import GLOBAL, Arm, Comparison, Score
-from fedtune.comparison_marks import DASHES, SYMBOLS, label, looks
 from fedtune.pages import COLOURS
+from fedtune.studies import page
+from fedtune.studies.comparison import GLOBAL, Arm, Comparison, Score
+from fedtune.studies.marks import DASHES, SYMBOLS, label, looks
 
 EVIL = "fed_<b>&_%$#(scale=0.5)"
 PAPERS = ("#ffffff", "#15191d")  # of the light and the dark page
@@ -47,7 +47,7 @@ def measured(comparison: Comparison) -> Comparison:
 @pytest.fixture(scope="module")
 def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("page") / "comparison.html"
-    comparison_page.write(measured(example(2, 10)), path)
+    page.write(measured(example(2, 10)), path)
     return path
 
 
@@ -55,7 +55,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Of one condition, which is drawn sooner."""
     path = tmp_path_factory.mktemp("page") / "comparison.html"
-    comparison_page.write(example(1), path)
+    page.write(example(1), path)
     return path
 
 
@@ -240,7 +240,7 @@ def least(comparison: Comparison) -> Comparison:
 
 
 def test_the_least_comparison_has_a_page_too(browser: Browser, tmp_path: Path) -> None:
-    comparison_page.write(least(example(1)), tmp_path / "comparison.html")
+    page.write(least(example(1)), tmp_path / "comparison.html")
     with visit(browser, tmp_path / "comparison.html") as seen:
         seen.settle()
         assert seen.complaints == []

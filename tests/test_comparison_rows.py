@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 from made_comparison import example
 
-from fedtune import comparison_rows, comparison_study
-from fedtune.comparison import GLOBAL, PERSONAL, Failure, Trial
-from fedtune.page_tables import ABSENT, Cell, averaged, fixed, leaf, p_value, signed
 from fedtune.pages import plain, soft
 from fedtune.report import human_time
+from fedtune.studies import extras, rows
+from fedtune.studies.comparison import GLOBAL, PERSONAL, Failure, Trial
+from fedtune.studies.page_tables import ABSENT, Cell, averaged, fixed, leaf, p_value, signed
 
 
 def test_a_mean_says_how_much_of_it_is_missing() -> None:
@@ -41,10 +41,10 @@ def test_strategies_are_apart_from_references_and_best_first(
     protocol: str, strategies: int
 ) -> None:
     made = example(1)
-    table = comparison_rows.quality(made, made.conditions[0], protocol)
+    table = rows.quality(made, made.conditions[0], protocol)
     assert table is not None
     assert [title for title, _ in table.groups] == ["Strategies", "References"]
-    means = [[row.cells[1].value for row in rows] for _, rows in table.groups]
+    means = [[row.cells[1].value for row in group] for _, group in table.groups]
     assert len(means[0]) == strategies
     assert all(group == sorted(group, key=lambda v: -(v or 0)) for group in means)
     references = [row.cells for row in table.groups[1][1]]
@@ -55,12 +55,12 @@ def test_a_protocol_without_strategies_has_no_table() -> None:
     made = example(1)
     [condition] = made.conditions
     only = [arm for arm in condition.arms if arm.role == "reference"]
-    assert comparison_rows.quality(made, replace(condition, arms=only), GLOBAL) is None
+    assert rows.quality(made, replace(condition, arms=only), GLOBAL) is None
 
 
 def test_seeds_that_are_missing_are_told() -> None:
     made = replace(example(1), seeds=[0, 1, 2, 3])
-    table = comparison_rows.quality(made, made.conditions[0], GLOBAL)
+    table = rows.quality(made, made.conditions[0], GLOBAL)
     assert table is not None
     assert table.groups[0][1][0].cells[1].small.endswith("(3 of 4 seeds)")
 
@@ -71,7 +71,7 @@ def test_a_choice_at_the_edge_of_what_was_tried_is_told() -> None:
 
     def told(**changes: object) -> str:
         changed = replace(tuning, **changes)  # type: ignore[arg-type]
-        table = comparison_study.tuned(replace(made, tuning=[changed]))
+        table = extras.tuned(replace(made, tuning=[changed]))
         assert table is not None
         return table.groups[0][1][0].cells[-1].text
 
@@ -84,8 +84,8 @@ def test_a_choice_at_the_edge_of_what_was_tried_is_told() -> None:
 
 def test_every_failure_has_its_reason() -> None:
     made = replace(example(1), failures=[Failure("", "fedit", 1, "why")])
-    table = comparison_study.failures(made)
+    table = extras.failures(made)
     assert table is not None
     [row] = table.groups[0][1]
     assert [cell.text for cell in row.cells] == ["fedit", "–", "1", "why"]
-    assert comparison_study.failures(replace(made, failures=[])) is None
+    assert extras.failures(replace(made, failures=[])) is None

@@ -164,7 +164,8 @@ def test_under_every_strategy_an_attackers_reply_is_one_like_any_other(
     rounds = records(play(tiny.replace(strategy=name, attack="sign_flip(scale=0.5)")))
     assert len(rounds) == 4
     assert all(not record["rejected"] for record in rounds)
-    assert all(record["update_norm"] > 0 for record in rounds[1:]) or name == "frlora"
+    # FRLoRA's adapter begins afresh, and some strategies share nothing in every other round.
+    assert any(record["update_norm"] > 0 for record in rounds[1:]) or name == "frlora"
 
 
 def test_a_backdoor_is_measured_on_rows_of_other_labels(tiny: Experiment) -> None:

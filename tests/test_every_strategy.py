@@ -71,12 +71,8 @@ def test_a_resumed_run_leaves_the_bytes_of_an_uninterrupted_one(
     assert len(files(whole)) > 0
 
 
-def by_hand(experiment: Experiment) -> tuple[State, dict[str, State]]:
-    """The run without coordinator, messages and gate: the strategy's two halves in a loop.
-
-    Returns:
-        The coordinator's last state, and what each client kept.
-    """
+def by_hand(experiment: Experiment) -> State:
+    """The coordinator's last state without coordinator, messages and gate: two halves in a loop."""
     resolved = parts.resolve(experiment)
     strategy = resolved.strategy
     population = clients.simulated(experiment)
@@ -84,7 +80,6 @@ def by_hand(experiment: Experiment) -> tuple[State, dict[str, State]]:
     model = next(iter(population.values())).model
     start = models.initial(model, experiment.seed, principal=strategy.begins == "principal")
     server: State = {**strategy.start(start["adapter"]), "head": start["head"]}
-    kept: dict[str, State] = {}
     for round in range(1, experiment.rounds + 1):
         updates = []
         for number, (name, client) in enumerate(sorted(population.items())):
@@ -96,14 +91,13 @@ def by_hand(experiment: Experiment) -> tuple[State, dict[str, State]]:
             job = client.prepare(address, sent)
             trained = client.train(job).state
             updates.append(Update(name, float(info.examples), client.finish(job, trained)))
-            kept[name] = strategy.reply(job.turn, job.plan, trained)[1]
         after = strategy.aggregate(server, updates, Mean(), round)
         if all("head" in update.state for update in updates):
             weights = [update.weight for update in updates]
             mean = Mean()([update.state["head"] for update in updates], weights)
             after = {**after, "head": add(server["head"], mean)}
         server = after
-    return server, kept
+    return server
 
 
 @names
@@ -113,7 +107,7 @@ def test_messages_change_nothing(tiny: Experiment, name: str) -> None:
     play(through)
     read = checkpoint.latest(parts.folder_of(through) / "checkpoint", through)
     assert read is not None
-    server, _ = by_hand(recipe(tiny, name, "by-hand"))
+    server = by_hand(recipe(tiny, name, "by-hand"))
     assert {g: digest({g: t}) for g, t in read.state.items()} == {
         g: digest({g: t}) for g, t in server.items()
     }

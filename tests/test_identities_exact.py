@@ -1,8 +1,10 @@
 """What claims to be the mean of the clients' products is it: to 1e-10 against dense matrices."""
 
+from dataclasses import replace
+
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from rounds import (
     EXACT,
@@ -36,6 +38,8 @@ ALWAYS = [
     "oracle",
 ]
 MIXED = ["flora", "fedmomentum(energy=1.0)", "oracle"]
+# Where every strategy is played: each example is several rounds of several clients.
+few = settings(max_examples=15)
 BASES = {"flora", "fedex_lora", "fedmomentum", "frlora", "oracle"}
 
 
@@ -45,6 +49,17 @@ def test_exact_strategies_err_by_rounding_only(text: str, cohort: Cohort) -> Non
     """ffa.1, rolora.1, fedsvd.1, flora.1, fedex.1, FedMomentum at tau = 1, the oracle itself."""
     for played in rounds(strategy_of(text), cohort, 3):
         assert error(effective(played.after), ideal(played, cohort)) < EXACT
+
+
+@pytest.mark.parametrize("text", ALWAYS)
+@few
+@given(cohort=cohorts())
+def test_in_float32_they_err_by_its_rounding(text: str, cohort: Cohort) -> None:
+    """Sums and decompositions are float64; what is kept and sent is as precise as the adapter."""
+    for played in rounds(strategy_of(text), replace(cohort, dtype=torch.float32), 2):
+        tensors = [t for group in played.after.values() for t in group.values()]
+        assert {t.dtype for t in tensors} <= {torch.float32, torch.float64}
+        assert error(effective(played.after), ideal(played, cohort)) < 1e-5
 
 
 @pytest.mark.parametrize("text", MIXED)
@@ -73,6 +88,7 @@ def test_fedex_is_the_oracle(cohort: Cohort) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(STRATEGIES))
+@few
 @given(cohort=cohorts())
 def test_a_contribution_is_what_the_client_trained(name: str, cohort: Cohort) -> None:
     """What metrics compare with: the client's adapter, as the coordinator reads an update."""
@@ -208,6 +224,7 @@ def test_frlora_adds_the_change_of_fedits_product_to_the_base(cohort: Cohort) ->
 
 
 @pytest.mark.parametrize("name", sorted(BASES))
+@few
 @given(cohort=cohorts(least=2))
 def test_a_base_has_no_more_ranks_than_its_matrix(name: str, cohort: Cohort) -> None:
     """Catalogue 16: brought down without loss, so that a long absence costs min(m, n) ranks."""
@@ -217,6 +234,7 @@ def test_a_base_has_no_more_ranks_than_its_matrix(name: str, cohort: Cohort) -> 
 
 
 @pytest.mark.parametrize("name", [n for n, s in sorted(STRATEGIES.items()) if not s.personal])
+@few
 @given(cohort=cohorts())
 def test_whoever_missed_rounds_has_the_model_of_whoever_did_not(name: str, cohort: Cohort) -> None:
     """Catalogue 16: absent for one, two or three rounds, with what it kept then: the same model."""
@@ -233,6 +251,7 @@ def test_whoever_missed_rounds_has_the_model_of_whoever_did_not(name: str, cohor
 
 
 @pytest.mark.parametrize("name", [n for n, s in sorted(STRATEGIES.items()) if s.sums_only])
+@few
 @given(cohort=cohorts(least=2))
 def test_where_sums_suffice_one_update_may_hold_them(name: str, cohort: Cohort) -> None:
     """Catalogue 17: the mean of what clients send, as one update, gives what all of them give."""

@@ -11,9 +11,11 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 from fedtune import bases, models, training
+from fedtune.adapted import require_untied
 from fedtune.adapter import Adapter, weighted_mean
 from fedtune.combine import Mean
 from fedtune.config import AdapterSettings, ModelSettings
+from fedtune.errors import RecipeError
 from fedtune.lowrank import mean_product, products
 from fedtune.models import Model
 from fedtune.seeds import generator
@@ -96,6 +98,19 @@ def test_principal_factors_are_the_best_approximation_of_the_weights(model: Mode
         tail = torch.linalg.svdvals(weight)[3:].norm()
         torch.testing.assert_close(away, tail, rtol=1e-10, atol=1e-10)
         assert torch.equal(own.A, dict(products(second))[path].A)
+
+
+def test_a_weight_that_is_an_embedding_too_is_refused(tiny_gpt2: Path) -> None:
+    """GPT-2's output layer is its input embedding: a changed base would change both."""
+    settings = ModelSettings(name=str(tiny_gpt2), device="cpu")
+    for targets, tied in (("c_attn,c_fc", False), ("c_attn,lm_head", True)):
+        adapter = AdapterSettings(rank=2, target_modules=targets)
+        module = models.load(CausalLM(), settings, adapter, (), 0).module
+        if tied:
+            with pytest.raises(RecipeError, match=r"'flora'.*lm_head'.*transformer.wte.*Leave it"):
+                require_untied(module, "flora")
+        else:
+            require_untied(module, "flora")
 
 
 def test_principal_factors_are_pissas(tiny_llama: Path) -> None:

@@ -9,25 +9,20 @@ SOURCES = sorted(p for top in ("fedtune", "clients", "server") for p in (ROOT / 
 LAYERS = [
     {"allocator", "errors"},
     {"adapter", "cache", "components", "packing", "records", "seeds"},
-    {"comparison", "config", "identity", "lowrank", "processes"},
-    {"combine", "corpus", "docstrings", "files"},
+    {"config", "lowrank", "processes"},
+    {"combine", "cores", "corpus", "docstrings", "files"},
     {"dealing"},
     {"cohorts", "data", "optimizers", "partitions", "strategies", "tasks"},
     {"privacy"},
     {"aggregation", "prefix", "shards", "tokens"},
     {"adapted", "attacks", "bases", "composition", "heads", "models", "wire", "parts"},
     {"per_example"},
-    {"products", "training", "trunk", "report", "statistics"},
+    {"products", "training", "trunk", "report"},
     {"resident", "stacked", "exporting", "planning", "progress", "tables"}
-    | {"page", "page_style", "page_tables", "page_template", "pages", "verdict"},
+    | {"page", "page_style", "page_template", "pages"},
     {"vectorized"},
-    {"flower", "launch", "study", "study_progress"},
-    {"cells", "evidence", "study_file"},
-    {"scores", "tuning"},
-    {"comparison_figures", "comparison_marks", "comparison_page", "comparison_rows"}
-    | {"comparison_study", "comparison_tables", "comparison_template"},
-    {"comparison_files"},
-    {"comparing"},
+    {"flower", "launch"},
+    {"studies"},
     {"cli"},
 ]
 
@@ -79,7 +74,7 @@ def test_clients_and_server_meet_in_messages_only() -> None:
 
 
 def test_strategies_know_adapters_and_the_experiment_only() -> None:
-    allowed = {"adapter", "config", "errors", "combine", "lowrank", "seeds", "strategies"}
+    allowed = {"adapter", "config", "cores", "errors", "combine", "lowrank", "seeds", "strategies"}
     for path in (ROOT / "fedtune" / "strategies").glob("*.py"):
         own = {name.split(".")[1] for name in imports(path) if name.startswith("fedtune.")}
         assert own <= allowed, path

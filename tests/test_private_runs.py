@@ -1,7 +1,9 @@
 """Whole private runs: what is charged and when, what is repeated, where they stop."""
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -129,6 +131,44 @@ def evaluating(message: Message, context: Context) -> Message:
     return client_app(message, context)
 
 
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_kill_9_at_any_message_neither_loses_nor_doubles_a_charge(central: Experiment) -> None:
+    """F31, F32: a child process is killed at every second message; the next one goes on."""
+    whole = play(central)
+    bill = spending.of(ledger.read(whole)).accounts
+    again = elsewhere(central, "killed")
+    kills = 0
+    for stop in range(3, 40, 2):
+        seen = 0
+
+        def dying(message: Message, context: Context, stop: int = stop) -> Message:
+            nonlocal seen
+            seen += 1
+            if seen == stop:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return client_app(message, context)
+
+        child = os.fork()
+        if not child:
+            code = 1
+            try:
+                play(again, dying)
+                code = 0
+            finally:
+                os._exit(code)  # pytest goes on in the parent alone
+        _, status = os.waitpid(child, 0)
+        if os.WIFEXITED(status):
+            assert os.WEXITSTATUS(status) == 0
+            break
+        assert os.WTERMSIG(status) == signal.SIGKILL
+        kills += 1
+    folder = parts.folder_of(again)
+    assert kills > 2
+    assert final(folder) == final(whole)
+    assert spending.of(ledger.read(folder)).accounts == bill
+    assert verifying.verify(folder).rounds == 2
+
+
 def test_a_round_repeated_with_other_replies_is_charged_again(central: Experiment) -> None:
     """F29: two noisy sums of different inputs are two releases."""
     everybody = central.replace(cohort="all", rounds=1)
@@ -185,9 +225,13 @@ def test_a_run_stops_before_a_round_over_its_budget(central: Experiment) -> None
     assert verified.accounts[""].epsilon == pytest.approx(spent)
 
 
-def test_an_epsilon_is_enough_for_all_rounds(central: Experiment) -> None:
+def test_an_epsilon_is_enough_for_all_rounds(
+    central: Experiment, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And that noise drowns what three clients say is told at once."""
     calibrated = central.replace(privacy__noise=0.0, privacy__epsilon=20.0, rounds=3)
     folder = play(calibrated)
+    assert [r.message for r in caplog.records if "the model may learn nothing" in r.message]
     verified = verifying.verify(folder)
     assert verified.rounds == 3
     assert 19.8 < verified.accounts[""].epsilon <= 20.0

@@ -5,14 +5,15 @@ from pathlib import Path
 
 import pytest
 
-from fedtune import bases, parts, study_file
+from fedtune import bases, parts
 from fedtune.config import Experiment
+from fedtune.studies import study_file
 
 ROOT = Path(__file__).parent.parent
 FILES = sorted((ROOT / "experiments").rglob("*.toml"))
 STUDIES = [path for path in FILES if "\n[vary]\n" in path.read_text(encoding="utf-8")]
 RECIPES = [path for path in FILES if path not in STUDIES]
-COUNT = {"recipes": 4, "studies": 1}
+COUNT = {"recipes": 4, "studies": 5}
 
 
 def test_none_is_forgotten() -> None:

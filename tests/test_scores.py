@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 
-from fedtune import evidence, scores, statistics
-from fedtune.comparison import GLOBAL, PERSONAL, Score
 from fedtune.config import Experiment
-from fedtune.evidence import Evidence
 from fedtune.records import RoundRecord, Sums
 from fedtune.report import Run
+from fedtune.studies import evidence, scores, statistics
+from fedtune.studies.comparison import GLOBAL, PERSONAL, Score
+from fedtune.studies.evidence import Evidence
 
 # client -> (right, rows) after each round, from round 0
 History = list[dict[str, tuple[int, int]]]

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from fedtune import report, statistics
-from fedtune.statistics import Resampling
+from fedtune import report
+from fedtune.studies import statistics
+from fedtune.studies.statistics import Resampling
 
 SMALL = st.floats(-10, 10).map(lambda x: round(x, 3))
 

@@ -476,16 +476,6 @@ def test_what_has_no_meaning_is_refused(changes: dict[str, str | bool], message:
 
 
 @names
-def test_quantized_weights_are_refused_where_they_would_change(name: str) -> None:
-    experiment = Experiment().replace(strategy=name, model__quantization="nf4")
-    if not STRATEGIES[name].changes_base:
-        assert resolve(experiment).strategy == STRATEGIES[name]()
-        return
-    with pytest.raises(RecipeError, match=f"strategy = '{name}'.*quantization = 'nf4'.*Set "):
-        resolve(experiment)
-
-
-@names
 def test_another_start_is_refused_where_the_weights_give_it(name: str) -> None:
     experiment = Experiment().replace(strategy=name, adapter__init="gaussian")
     if STRATEGIES[name].begins == "random":

@@ -8,11 +8,12 @@ from test_cli import write_recipe
 from test_imports import SOURCES, imports
 
 from clients.client import simulated
-from fedtune import identity, models, parts, study_file
+from fedtune import models, parts
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
 from fedtune.strategies.strategy import ClientInfo
-from fedtune.study import Study
+from fedtune.studies import identity, study_file
+from fedtune.studies.study import Study
 from fedtune.wire import Address
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +118,7 @@ def test_its_text_is_itself(written, tmp_path: Path) -> None:  # type: ignore[no
         ("[vary]\nseed = [1, 1]", "vary.seed lists 1 twice"),
         ('[vary]\noutput = ["a", "b"]', "output does not change a result"),
         ("[vary]\nrounds = [1, 2.5]", "rounds must be of type int"),
-        ('[vary]\nstrategy = ["fedlt"]', "strategy 'fedlt' is unknown. Did you mean 'fedit'"),
+        ('[vary]\nstrategy = ["fediit"]', "strategy 'fediit' is unknown. Did you mean 'fedit'"),
         ('[study]\nbaselin = "fedit"', "Unknown key 'study.baselin'. Did you mean 'baseline'"),
         ('[study]\nbaseline = "fedlt"', "is no arm of the study. Did you mean 'fedit'"),
         ('[study]\nreferences = ["oracel"]', "study.references: strategy 'oracel' is unknown"),
@@ -176,13 +177,30 @@ def test_run_and_plan_send_a_study_to_compare(tiny: Experiment, tmp_path: Path) 
 def test_sources_that_a_key_leaves_out_have_no_part_in_a_run() -> None:
     """Whatever a run imports is hashed, but for the pages that are written after it."""
     left_out = {p for p in SOURCES if identity.reads_only(p.relative_to(ROOT))}
-    assert all(any(fnmatch(p.stem, name) for p in left_out) for name in identity.READERS)
-    names = {f"fedtune.{p.stem}" for p in left_out}
+    relative = [p.relative_to(ROOT) for p in left_out]
+    for pattern in identity.READERS:
+        assert any(fnmatch(p.as_posix(), pattern) for p in relative), pattern
+    names = {".".join(p.with_suffix("").parts) for p in relative}
     for path in set(SOURCES) - left_out:
         found = imports(path) & names
         name = path.relative_to(ROOT).as_posix()
         allowed = {"fedtune.page"} if name in ("fedtune/launch.py", "server/app.py") else set()
         assert found <= allowed, name
+
+
+def test_a_key_follows_the_sources(tmp_path: Path) -> None:
+    """Any change of what a run depends on is another key; of what only reads results, none."""
+    for path in SOURCES:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    assert identity.code.__wrapped__(tmp_path) == identity.code()
+    with (tmp_path / "fedtune" / "studies" / "tables.py").open("a") as file:
+        file.write("# another\n")
+    assert identity.code.__wrapped__(tmp_path) == identity.code()
+    with (tmp_path / "server" / "coordinator.py").open("a") as file:
+        file.write("# another\n")
+    assert identity.code.__wrapped__(tmp_path) != identity.code()
 
 
 def test_arms_of_a_seed_are_paired(tiny: Experiment) -> None:

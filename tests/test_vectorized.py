@@ -216,7 +216,7 @@ def in_units(job: Job, clip: float) -> Job:
 CHANGES: dict[str, Callable[[int, Job], Job]] = {
     "rank": lambda i, job: ranked(job, (4, 1, 3)[i]),
     "correction": lambda i, job: corrected(job, i) if i else job,
-    "penalty": lambda i, job: (replace(job[0], penalty=0.5 * i, tail=3 - i), job[1]),
+    "penalty": lambda i, job: (replace(job[0], penalty=0.1 * i, tail=3 - i), job[1]),
     "scale": lambda i, job: (replace(job[0], scale=(1.0, 2.5, 0.5)[i]), job[1]),
     "base": lambda _, job: (replace(job[0], base=stacked_base(job[0], 1)), job[1]),
     "noise": lambda i, job: noisy(job, 0.02 * (i + 1)),

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from made_comparison import example
 
-from fedtune.comparison import GLOBAL, PERSONAL, Comparison, Difference, Score
-from fedtune.verdict import BETTER, NOISE, UNTESTED, WORSE, competitors, reading, verdict
+from fedtune.studies.comparison import GLOBAL, PERSONAL, Comparison, Difference, Score
+from fedtune.studies.verdict import BETTER, NOISE, UNTESTED, WORSE, competitors, reading, verdict
 
 
 def score(gap: float | None, p_holm: float | None = 0.2, mean: float = 0.8) -> Score:

@@ -42,7 +42,7 @@ class Replayed:
         effective_rank: of the new model's change, a mean over modules.
         bytes_up: a client's reply, the mean over clients.
         bytes_down: the broadcast that follows, the mean over clients.
-        seconds: of the server's aggregate, the median of some.
+        seconds: CPU time of the server's aggregate, the median of some.
         trained: what of the recorded clients the strategy keeps: "A, B", or one of them.
     """
 
@@ -80,9 +80,9 @@ def _replayed(text: str, setting: str, recorded: Recorded) -> Replayed:
     server, updates, _ = _sent(strategy, recorded, lambda adapter: _cast(adapter, double=False))
     seconds = []
     for _ in range(TIMES):
-        began = time.perf_counter()
+        began = time.process_time()
         after = strategy.aggregate(server, updates, Mean(), recorded.round)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     infos = [_info(recorded, k, recorded.round) for k in range(len(updates))]
     following = [strategy.broadcast(after, info, recorded.round + 1) for info in infos]
     return Replayed(

@@ -128,7 +128,10 @@ def markdown(results: Mapping[str, Any]) -> str:
             worst = _shown(max(line["error"] for line in known))
             text.append(f"| {strategy} | {known[0]['trained']} | {worst} | {' | '.join(cells)} |")
     text += ["", f"## {middle}: rank, traffic and time", ""]
-    text += ["| strategy | effective rank | up | down | aggregate, s |", "|---|---|---|---|---|"]
+    text += [
+        "| strategy | effective rank | up | down | aggregate, CPU s |",
+        "|---|---|---|---|---|",
+    ]
     for strategy, lines in _by_strategy(results).items():
         line = lines[middle]
         if "error" in line:
@@ -165,7 +168,9 @@ def _clients(results: Mapping[str, Any]) -> list[str]:
 def _shown(error: float | None) -> str:
     if error is None:
         return "-"
-    return "exact" if error < EXACT else f"{error:.3g}"
+    if error < EXACT:
+        return "exact"
+    return f"{error:.3f}" if error >= 1e-3 else f"{error:.1e}"
 
 
 def _reasons(results: Mapping[str, Any]) -> list[str]:

@@ -4,6 +4,8 @@ Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Lea
 https://arxiv.org/abs/1910.06378, algorithm 1 with option II. Symbols: x the global adapter, y_i a
 client's after its steps, c and c_i the control variates of all and of one client, S steps at the
 rate eta, N clients in the population. The formula of c_i assumes SGD; with AdamW it is a heuristic.
+The mean of y has the recipe's weights and that of the variates none: corrections cancel in the mean
+with weighting = "uniform", the paper's, only.
 """
 
 from collections.abc import Sequence
@@ -41,7 +43,8 @@ class Scaffold(Strategy):
         self, server: State, updates: Sequence[Update], combine: Combine, round: int
     ) -> State:
         after = super().aggregate(server, updates, combine, round)
-        share = len(updates) / (self.population or len(updates))
+        clients = sum(len(update.clients) for update in updates)
+        share = clients / (self.population or clients)
         mean = weighted_mean([u.state["control"] for u in updates], [1.0] * len(updates))
         moved = {name: tensor * share for name, tensor in mean.items()}
         return {**after, "control": add(server["control"], moved)}
@@ -70,6 +73,13 @@ class Scaffold(Strategy):
             raise RecipeError(
                 f"strategy = 'scaffold' with cohort = '{experiment.cohort}' must know how many "
                 "clients there are. Set strategy = 'scaffold(population=100)', or cohort = 'all'."
+            )
+        if experiment.secure_aggregation != "none" and experiment.weighting != "uniform":
+            raise RecipeError(
+                "strategy = 'scaffold' weighs control variates alike and updates by "
+                f"weighting = '{experiment.weighting}', but secure_aggregation = "
+                f"'{experiment.secure_aggregation}' has one weight for all that a client sends. "
+                "Set weighting = 'uniform'."
             )
 
 

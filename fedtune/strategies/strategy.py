@@ -44,11 +44,18 @@ class Update:
         client: its name.
         weight: its weight in the mean, above 0.
         state: what it sent.
+        stands_for: the clients whose mean it is, () for the one that sent it.
     """
 
     client: str
     weight: float
     state: State
+    stands_for: tuple[str, ...] = ()
+
+    @property
+    def clients(self) -> tuple[str, ...]:
+        """All clients that are in it."""
+        return self.stands_for or (self.client,)
 
 
 @dataclass(frozen=True)

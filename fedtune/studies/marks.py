@@ -13,9 +13,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from fedtune.comparison import Arm, Comparison, Curve
 from fedtune.pages import COLOURS, blank, plain, words
 from fedtune.report import human_bytes
+from fedtune.studies.comparison import Arm, Comparison, Curve
 
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "star", "hexagon", "x")
 DASHES = ("solid", "dash", "dot", "dashdot")

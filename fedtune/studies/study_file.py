@@ -9,7 +9,7 @@ from fedtune import parts
 from fedtune.components import fits, nearest
 from fedtune.config import FREE, Experiment, Leaf, name_of, parse_override, read_flat
 from fedtune.errors import RecipeError
-from fedtune.study import Study, Tune
+from fedtune.studies.study import Study, Tune
 
 REFERENCES = ("local_only", "centralized", "oracle")
 LISTS = ("references", "tune.values", "tune.seeds")

@@ -19,8 +19,8 @@ from fedtune import parts, report
 from fedtune.components import nearest
 from fedtune.config import FREE, Experiment, Leaf
 from fedtune.errors import RecipeError
-from fedtune.identity import key_of
 from fedtune.strategies import STRATEGIES
+from fedtune.studies.identity import key_of
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 
 import plotly.graph_objects as go
 
-from fedtune.comparison import UNTUNED, Arm, Comparison, Condition, Interval, Ranking
-from fedtune.comparison_marks import (
+from fedtune.pages import blank, plain, words
+from fedtune.studies.comparison import UNTUNED, Arm, Comparison, Condition, Interval, Ranking
+from fedtune.studies.marks import (
     GREY,
     LEGEND,
     Look,
@@ -28,7 +29,6 @@ from fedtune.comparison_marks import (
     whisker,
     yardstick,
 )
-from fedtune.pages import blank, plain, words
 
 MOST_POINTS = 100  # clients that are drawn one by one
 MOST_TICKS = 12  # ranks with a tick each

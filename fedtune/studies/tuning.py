@@ -11,12 +11,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedtune import evidence, report
-from fedtune.cells import Runner
-from fedtune.comparison import Trial, Tuning
+from fedtune import report
 from fedtune.config import Experiment, Leaf
 from fedtune.errors import FedTuneError, RecipeError
-from fedtune.study import Study, Tune
+from fedtune.studies import evidence
+from fedtune.studies.cells import Runner
+from fedtune.studies.comparison import Trial, Tuning
+from fedtune.studies.study import Study, Tune
 
 
 @dataclass

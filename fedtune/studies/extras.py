@@ -1,8 +1,8 @@
 """The tables of a whole study: what was tuned, and which cells failed."""
 
-from fedtune.comparison import Comparison, Tuning
-from fedtune.page_tables import NONE, Cell, Column, Row, Table, leaf, number
 from fedtune.report import human_time
+from fedtune.studies.comparison import Comparison, Tuning
+from fedtune.studies.page_tables import NONE, Cell, Column, Row, Table, leaf, number
 
 
 def tuned(comparison: Comparison) -> Table | None:

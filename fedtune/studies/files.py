@@ -8,9 +8,8 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
-from fedtune import comparison_page
-from fedtune import comparison_tables as tables
-from fedtune.comparison import Arm, Comparison, Condition, Score
+from fedtune.studies import page, tables
+from fedtune.studies.comparison import Arm, Comparison, Condition, Score
 
 # One number a row: what it is (table, name), what it is of, and the value. Empty where it does not
 # apply; `other` holds a value that is no number.
@@ -39,7 +38,7 @@ def write(comparison: Comparison, folder: Path) -> list[Path]:
     pq.write_table(table, paths[2])
     paths[3].write_text(tables.markdown(comparison), encoding="utf-8")
     paths[4].write_text(tables.latex(comparison), encoding="utf-8")
-    comparison_page.write(comparison, paths[5])
+    page.write(comparison, paths[5])
     return paths
 
 

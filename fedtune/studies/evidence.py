@@ -5,14 +5,15 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from fedtune import parts, report, statistics
-from fedtune.comparison import GLOBAL, PERSONAL, UNTUNED
+from fedtune import parts, report
 from fedtune.config import Experiment
 from fedtune.errors import RunError
 from fedtune.records import RoundRecord, Sums, merge
 from fedtune.report import Run
-from fedtune.statistics import Sample
 from fedtune.strategies import STRATEGIES, Strategy
+from fedtune.studies import statistics
+from fedtune.studies.comparison import GLOBAL, PERSONAL, UNTUNED
+from fedtune.studies.statistics import Sample
 
 Own = Mapping[str, Sums]  # client -> metrics on its own test rows
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import plotly.graph_objects as go
 
-from fedtune import comparison_figures as plots
-from fedtune import comparison_rows as tables
-from fedtune import comparison_study as study
-from fedtune.comparison import PROTOCOLS, Comparison, Condition
-from fedtune.comparison_marks import Look, looks
-from fedtune.comparison_template import TEMPLATE
-from fedtune.page_tables import Table
 from fedtune.pages import Drawn, rendered, words
-from fedtune.verdict import MODELS, verdict
+from fedtune.studies import extras as study
+from fedtune.studies import figures as plots
+from fedtune.studies import rows as tables
+from fedtune.studies.comparison import PROTOCOLS, Comparison, Condition
+from fedtune.studies.marks import Look, looks
+from fedtune.studies.page_tables import Table
+from fedtune.studies.template import TEMPLATE
+from fedtune.studies.verdict import MODELS, verdict
 
 # Title, note and figure of a plot, and whether two of its kind may stand side by side.
 Plan = tuple[str, str, go.Figure | None, bool]

@@ -12,11 +12,20 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedtune import statistics
-from fedtune.comparison import ClientScore, Cost, Curve, Difference, Interval, Rank, Ranking, Score
-from fedtune.evidence import Evidence
 from fedtune.report import LOWER_IS_BETTER, pooled, summarise
-from fedtune.statistics import Array, Resampling
+from fedtune.studies import statistics
+from fedtune.studies.comparison import (
+    ClientScore,
+    Cost,
+    Curve,
+    Difference,
+    Interval,
+    Rank,
+    Ranking,
+    Score,
+)
+from fedtune.studies.evidence import Evidence
+from fedtune.studies.statistics import Array, Resampling
 
 
 def score(evidence: Evidence, protocol: str, metric: str, baseline: Evidence | None) -> Score:
@@ -62,7 +71,7 @@ def difference(evidence: Evidence, baseline: Evidence | None, metric: str) -> Di
         p_holm=None,
         family=0,
         p_permutation=statistics.sign_flip(values),
-        p_smallest=2.0 ** (1 - len(seeds)),
+        p_smallest=max(2.0 ** (1 - len(seeds)), 2.0**-16),
     )
 
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from fedtune.comparison import Interval
 from fedtune.config import Leaf
+from fedtune.studies.comparison import Interval
 
 NONE, MINUS = "–", "\N{MINUS SIGN}"
 

@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
-from fedtune.comparison import Arm, Comparison, Condition, Interval, Score
-from fedtune.page_tables import (
+from fedtune.report import human_bytes, human_time
+from fedtune.studies.comparison import Arm, Comparison, Condition, Interval, Score
+from fedtune.studies.page_tables import (
     ABSENT,
     Cell,
     Column,
@@ -16,8 +17,7 @@ from fedtune.page_tables import (
     p_value,
     signed,
 )
-from fedtune.report import human_bytes, human_time
-from fedtune.verdict import BETTER, WORSE, reading
+from fedtune.studies.verdict import BETTER, WORSE, reading
 
 MAIN = {
     "relative_error": "Distance of the aggregate from the weighted mean of the clients' products, "
