@@ -18,7 +18,7 @@ from rich.table import Table
 
 from fedtune.components import signature
 from fedtune.config import Experiment
-from fedtune.errors import FedTuneError
+from fedtune.errors import FedTuneError, RecipeError
 
 app = typer.Typer(
     help="Fine-tune language models across private text, without pooling a row of it.",
@@ -213,29 +213,38 @@ def _frozen(cost: Any) -> str:
 
 
 @app.command(name="list")
-def list_(as_json: AsJson = False) -> None:
+def list_(
+    kind: Annotated[
+        str, typer.Argument(help="Of one kind: strategies, combine ...", show_default=False)
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
     """List strategies, tasks, sources, partitions, cohorts: whatever a recipe can name."""
     from fedtune import tables
     from fedtune.parts import REGISTRIES
 
+    chosen = "strategy" if kind == "strategies" else kind.removesuffix("s")
+    if kind and chosen not in REGISTRIES and kind not in REGISTRIES:
+        raise RecipeError(f"Nothing is called '{kind}' here. Kinds: {', '.join(REGISTRIES)}.")
     listed = {
-        kind: {
+        key: {
             name: {"parameters": signature(part), "about": _first_line(part)}
             for name, part in registry.items()
         }
-        for kind, registry in REGISTRIES.items()
+        for key, registry in REGISTRIES.items()
+        if key in (chosen, kind) or not kind
     }
     if as_json:
         _print_json(listed)
         return
-    for kind, registry in listed.items():
+    for key, registry in listed.items():
         table = Table(box=None, pad_edge=False)
         table.add_column("name", no_wrap=True)
         table.add_column("what it is")
         for name, about in registry.items():
             parameters = f"\n[dim]{about['parameters']}[/dim]" if about["parameters"] else ""
             table.add_row(name, f"{about['about']}{parameters}")
-        out.print(tables.titled(kind, table))
+        out.print(tables.titled(key, table))
 
 
 def _first_line(part: type) -> str:

@@ -124,6 +124,17 @@ def test_plan_loads_no_weights(tiny: Experiment, tiny_bert: Path, tmp_path: Path
     assert fedtune("plan", recipe)[0] == 0
 
 
+def test_list_shows_one_kind(fedtune) -> None:  # type: ignore
+    for kind, name in (("strategies", "fedit"), ("combine", "krum"), ("cohorts", "poisson")):
+        code, out, _ = fedtune("list", kind, "--json")
+        (listed,) = json.loads(out).values()
+        assert code == 0
+        assert name in listed
+    code, _, err = fedtune("list", "colours")
+    assert code == 2
+    assert "Nothing is called 'colours'" in err
+
+
 def test_list_knows_every_part(fedtune) -> None:  # type: ignore
     code, out, _ = fedtune("list", "--json")
     listed = json.loads(out)
