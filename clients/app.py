@@ -61,6 +61,11 @@ def hosted(context: Context, arm: str) -> dict[str, Client]:
     experiment = _of_arm(whole, arm)
     if _simulates(context):
         return clients.simulated(experiment)
+    if arm and whole.secure_aggregation != "none":
+        raise RecipeError(
+            f"references = '{whole.references}' would be a second sum over the same updates, which "
+            "secure aggregation must not give. Set references = 'none'."
+        )
     if arm and whole.privacy.mode != "none":
         raise RecipeError(
             f"references = '{whole.references}' would train on this client's rows without the "

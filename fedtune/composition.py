@@ -244,6 +244,12 @@ def _privacy(e: Experiment, parts: Parts) -> Iterator[str]:
         )
     if p.mode == "local":
         return
+    if parts.attack.forges:
+        yield (
+            f"{mode} does not go with attack = '{e.attack}', whose replies are made of others': "
+            "one client would move the sum further than the clip. Set attack = 'sign_flip', or "
+            "'none'."
+        )
     if e.combine != "mean":
         yield (
             f"{mode} does not go with combine = '{e.combine}': only of a sum is it known how far "
@@ -265,6 +271,11 @@ def _privacy(e: Experiment, parts: Parts) -> Iterator[str]:
 
 def _record(e: Experiment) -> Iterator[str]:
     mode = "privacy.mode = 'record'"
+    if e.adapter.dropout:
+        yield (
+            f"adapter.dropout = {e.adapter.dropout} does not go with {mode}: a step that is "
+            "repeated must meet the same noise with the same gradients. Set adapter.dropout = 0.0."
+        )
     if e.adapter.dora:
         yield (
             f"adapter.dora = true does not go with {mode}: the norm of the merged weights is no "

@@ -91,6 +91,9 @@ def reference(experiment: Experiment, name: str) -> Experiment:
             coordinator__minimum_replies=1,
             secure_aggregation="none",
         )
+    # A reference that joins nothing has every client at work; one that joins has the recipe's own
+    # cohorts, so that it differs in how it joins alone.
+    apart = name in STRATEGIES and not STRATEGIES[name].joins
     # What a reference shows is that it has no noise; the ledger says that it is not covered.
     return experiment.replace(
         privacy__mode="none",
@@ -98,7 +101,7 @@ def reference(experiment: Experiment, name: str) -> Experiment:
         privacy__clip_quantile=0.0,
         strategy=name,
         references="none",
-        cohort="all",
+        cohort="all" if apart else experiment.cohort,
         output=str(folder_of(experiment) / "references"),
         name=name,
         evaluation__samples=0,

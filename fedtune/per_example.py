@@ -88,13 +88,12 @@ def kept(model: Model, trained: Mapping[str, Parameter], count: int) -> Iterator
     names, rows = {id(p): name for name, p in trained.items()}, Rows(count)
     cores = {name: p for name, p in trained.items() if ".core." in name}
     originals = {name: p.data for name, p in cores.items()}
-    parts: list[nn.Module] = []
+    lent: list[nn.Module] = []
     try:
         for _, part in _linears(model.module):
-            own = {names[id(p)]: p for p in part.parameters(recurse=False) if id(p) in names}
-            if own:
-                parts.append(part)
-                parts[-1].forward = _linear(part, rows, names)
+            if any(id(p) in names for p in part.parameters(recurse=False)):
+                lent.append(part)
+                lent[-1].forward = _linear(part, rows, names)
         for name, parameter in cores.items():
             parameter.data = originals[name].expand(count, *originals[name].shape).contiguous()
         yield rows
@@ -102,8 +101,8 @@ def kept(model: Model, trained: Mapping[str, Parameter], count: int) -> Iterator
             if parameter.grad is not None:
                 rows.take(name, parameter.grad)
     finally:
-        for part in parts:
-            del part.forward
+        for module in lent:
+            del module.forward
         for name, parameter in cores.items():
             parameter.data, parameter.grad = originals[name], None
 

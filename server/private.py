@@ -19,7 +19,7 @@ import torch
 import fedtune
 from fedtune.adapter import State, digest
 from fedtune.config import Experiment
-from fedtune.errors import BudgetError
+from fedtune.errors import BudgetError, RunError
 from fedtune.parts import Parts
 from fedtune.privacy import accounting, central, clipping, mechanism, noise, spending
 from fedtune.privacy.clipping import BOUND, CLIP
@@ -228,7 +228,7 @@ class Charging(Guard):
         (only,), settings = self.mechanisms.values(), self.experiment.privacy
         clip = clipping.clip_of(server, settings)
         inputs = central.inputs_hash(updates, repr(clip), repr(only))
-        outcome = self._admitted(inputs, round)
+        outcome = self._admitted(inputs, round, only.sampling)
         done = central.release(
             updates, schema, only, settings, clip, self.key, self.run_id, round, inputs
         )
@@ -258,11 +258,22 @@ class Charging(Guard):
             )
         return server, [done.update]
 
-    def _admitted(self, inputs: str, round: int) -> str:
-        """Whether these inputs were released before; other ones than before are charged again."""
+    def _admitted(self, inputs: str, round: int, sampling: str) -> str:
+        """Whether these inputs were released before; other ones than before are charged again.
+
+        Raises:
+            RunError: they would be a second sum over one secret sample, which costs more than two
+                sums over samples of their own.
+        """
         earlier = {line["inputs"] for line in self._of(RELEASE, round)}
         if inputs in earlier:
             return "replayed"
+        if earlier and sampling == "poisson":
+            raise RunError(
+                f"Round {round} was released once already, with other replies of the same secretly "
+                "drawn clients. A second release would reveal more than the ledger can charge. "
+                "Resume with the clients that replied then, or begin a new run."
+            )
         if len(self._of(CHARGE, round)) <= len(earlier):
             self._charge([""], inputs, round, "other inputs", 0)
         return "released"

@@ -177,13 +177,30 @@ def test_run_and_plan_send_a_study_to_compare(tiny: Experiment, tmp_path: Path) 
 def test_sources_that_a_key_leaves_out_have_no_part_in_a_run() -> None:
     """Whatever a run imports is hashed, but for the pages that are written after it."""
     left_out = {p for p in SOURCES if identity.reads_only(p.relative_to(ROOT))}
-    assert all(any(fnmatch(p.stem, name) for p in left_out) for name in identity.READERS)
-    names = {f"fedtune.{p.stem}" for p in left_out}
+    relative = [p.relative_to(ROOT) for p in left_out]
+    for pattern in identity.READERS:
+        assert any(fnmatch(p.as_posix(), pattern) for p in relative), pattern
+    names = {".".join(p.with_suffix("").parts) for p in relative}
     for path in set(SOURCES) - left_out:
         found = imports(path) & names
         name = path.relative_to(ROOT).as_posix()
         allowed = {"fedtune.page"} if name in ("fedtune/launch.py", "server/app.py") else set()
         assert found <= allowed, name
+
+
+def test_a_key_follows_the_sources(tmp_path: Path) -> None:
+    """Any change of what a run depends on is another key; of what only reads results, none."""
+    for path in SOURCES:
+        copy = tmp_path / path.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    assert identity.code.__wrapped__(tmp_path) == identity.code()
+    with (tmp_path / "fedtune" / "studies" / "tables.py").open("a") as file:
+        file.write("# another\n")
+    assert identity.code.__wrapped__(tmp_path) == identity.code()
+    with (tmp_path / "server" / "coordinator.py").open("a") as file:
+        file.write("# another\n")
+    assert identity.code.__wrapped__(tmp_path) != identity.code()
 
 
 def test_arms_of_a_seed_are_paired(tiny: Experiment) -> None:

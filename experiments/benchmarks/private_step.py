@@ -8,6 +8,7 @@ come (no empty ones), and the ratio within one repetition is what counts.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ from fedtune.strategies.strategy import Plan
 from fedtune.tasks import CausalLM, Classification, Task
 from fedtune.tasks.task import Example
 from fedtune.training import Work
+from fedtune.vectorized import Job
 
 LABELS = tuple(str(number) for number in range(10))
 
@@ -58,9 +60,19 @@ def jobs_of(
 
 
 def seconds(run: Callable[[], object]) -> float:
+    """How long a call takes."""
     began = time.perf_counter()
     run()
     return time.perf_counter() - began
+
+
+def trained(model: Model, task: Task, jobs: list[Job], train: TrainSettings, engine: str) -> None:
+    """Train the jobs by one of the two engines."""
+    if engine == "together":
+        vectorized.train(model, task, jobs, train)
+        return
+    for job in jobs:
+        training.train(model, task, *job, train)
 
 
 def main() -> None:
@@ -86,20 +98,18 @@ def main() -> None:
     model, train = models.load(task, settings, adapter, labels, 0), TrainSettings()
     jobs = jobs_of(model, given.clients, given.steps, given.rows, given.tokens)
     plan = jobs["plain"][0][0]
-    numbers = sum(t.numel() for g in plan.start.values() for n, t in g.items() if n in plan.trainable)
-    print(f"{given.model}: {numbers:,} trained numbers, {given.rows} rows of up to {given.tokens} tokens")
+    numbers = sum(
+        t.numel() for g in plan.start.values() for n, t in g.items() if n in plan.trainable
+    )
+    rows = f"{given.rows} rows of up to {given.tokens} tokens"
+    print(f"{given.model}: {numbers:,} trained numbers, {rows}")
     for engine in ("one after another", "together"):
         ratios, times = [], {"plain": [], "private": []}
         for repetition in range(given.repeat + 1):
             for kind, own in jobs.items():
-                if engine == "together":
-                    run = lambda own=own: vectorized.train(model, task, own, train)
-                else:
-                    run = lambda own=own: [training.train(model, task, *job, train) for job in own]
+                took = seconds(functools.partial(trained, model, task, own, train, engine))
                 if repetition:  # the first is a warm-up
-                    times[kind].append(seconds(run))
-                else:
-                    run()
+                    times[kind].append(took)
             if repetition:
                 ratios.append(times["private"][-1] / times["plain"][-1])
         steps = given.clients * given.steps

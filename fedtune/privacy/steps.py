@@ -94,9 +94,10 @@ class ClippedSum:
             return
         for name, gradients in rows.items():
             if name not in self._open:
-                self._open[name] = gradients.new_zeros(chunk.units, gradients.shape[1])
+                zeros = gradients.new_zeros(chunk.units, gradients.shape[1], dtype=torch.float64)
+                self._open[name] = zeros
             places = torch.tensor(chunk.places, device=gradients.device)
-            self._open[name].index_add_(0, places, gradients)
+            self._open[name].index_add_(0, places, gradients.double())
         if chunk.closes:
             self._close(self._open)
             self._open = {}
@@ -114,7 +115,8 @@ class ClippedSum:
         for name, gradients in units.items():
             if not whole:
                 gradients = torch.where(finite[:, None], gradients, 0.0)
-            part = (factors.to(gradients.dtype) @ gradients).double().cpu()
+            # In float64: a bfloat16 sum would round by more than one unit may move it.
+            part = (factors @ gradients.double()).cpu()
             self.total[name] += part.view(self.total[name].shape)
 
 

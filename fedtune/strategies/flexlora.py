@@ -4,6 +4,8 @@ Bai et al., "Federated Fine-tuning of Large Language Models under Heterogeneous 
 Resources", NeurIPS 2024, https://arxiv.org/abs/2402.11505. The mean of the products is exact as a
 stack of factors; its truncation to the adapter's rank is the best there is (Eckart and Young). The
 paper divides by a scaling of each rank; with one scaling for all ranks there is nothing to divide.
+Departure: the singular values are split evenly between the factors, which AdamW learns from sooner;
+balanced = false is the paper's.
 """
 
 from collections.abc import Sequence

@@ -2,7 +2,7 @@
 
 Wang et al., "FLoRA: Federated Fine-Tuning Large Language Models with Heterogeneous Low-Rank
 Adaptations", NeurIPS 2024, https://arxiv.org/abs/2409.05976. The stack [p_1 B_1 ...] [A_1; ...] is
-the mean of the products, exactly; clients may have different ranks. FLoRIST, Ramesh and Dubey 2025,
+the mean of the products, exactly; clients may have different ranks. FLoRIST, Ramesh and Dass 2025,
 https://arxiv.org/abs/2506.09199, keeps of it what `energy` says.
 """
 

@@ -9,7 +9,7 @@ clients' changes.
 Departures: the weights are multiplied by the recipe's (weighting = 'uniform' gives the paper's), so
 that equal norms and ranks are FedIT; the norm is that of all modules together, one weight a client;
 ranks that no client of a round has stay as they were, since zeros in both factors would never learn
-again.
+again. g r_i is rounded down, so that below rank 100 a whole rank goes at a time.
 """
 
 import math

@@ -4,6 +4,8 @@ Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Lea
 https://arxiv.org/abs/1910.06378, algorithm 1 with option II. Symbols: x the global adapter, y_i a
 client's after its steps, c and c_i the control variates of all and of one client, S steps at the
 rate eta, N clients in the population. The formula of c_i assumes SGD; with AdamW it is a heuristic.
+The mean of y has the recipe's weights and that of the variates none: corrections cancel in the mean
+with weighting = "uniform", the paper's, only.
 """
 
 from collections.abc import Sequence

@@ -267,14 +267,16 @@ def _notes(study: Study, shown: dict[str, Arms]) -> list[str]:
     ]
     notes += [
         "Arms of one seed share shards, initial adapter (but for methods that define their own), "
-        "cohorts and batches, so differences are paired by seed.",
-        "Intervals are 95 %: of a mean Student's t over seeds; of a difference the percentile "
-        "bootstrap, 2,000 draws of seeds and of the clients in them. With few seeds the bootstrap "
-        "of seeds is too narrow; the t interval is not, if seeds are normal.",
+        "cohorts and batches, so differences are paired by seed; local_only and centralized take "
+        "part in every round, and references have neither attack nor server optimizer.",
+        "Intervals are 95 %: Student's t over seeds, of a mean and of a paired difference. The "
+        "percentile bootstrap beside it, 2,000 draws of seeds and of the clients in them, is too "
+        "narrow with few seeds; the t interval is not, if seeds are normal.",
         "p is of the two-sided paired t test over seeds; Holm's correction is over the strategies "
-        "of one protocol and metric in the whole study. The exact sign-flip permutation test is "
+        "of one protocol and metric in the whole study. The sign-flip permutation test (exact up "
+        "to 16 seeds) is "
         f"given beside it: with {seeds} seed{'s' if seeds > 1 else ''} it cannot be below "
-        f"{2.0 ** (1 - seeds):.3g}.",
+        f"{max(2.0 ** (1 - seeds), 2.0**-16):.3g}.",
         "Worst client and spread (standard deviation across clients) are of each client's own test "
         "rows, mean over seeds; clients with few test rows make both noisy.",
         "Bytes are of all arrays as serialised for training, catch-up included; seconds are wall "

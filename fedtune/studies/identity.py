@@ -9,19 +9,8 @@ from pathlib import Path
 from fedtune.config import Experiment
 
 # Sources that only read what cells have written; a change of them leaves cells as they are.
-READERS = (
-    "cells",
-    "cli",
-    "compar*",
-    "evidence",
-    "page*",
-    "planning",
-    "scores",
-    "statistics",
-    "stud*",
-    "tuning",
-    "verdict",
-)
+READERS = ("fedtune/cli.py", "fedtune/page*.py", "fedtune/planning.py", "fedtune/studies/*.py")
+ROOT = Path(__file__).parents[2]
 
 
 def key_of(experiment: Experiment) -> str:
@@ -32,14 +21,12 @@ def key_of(experiment: Experiment) -> str:
 
 def reads_only(path: Path) -> bool:
     """Whether the source at `path`, relative to the packages, has no part in a run."""
-    inside = path.parent == Path("fedtune")
-    return inside and any(fnmatch(path.stem, pattern) for pattern in READERS)
+    return any(fnmatch(path.as_posix(), pattern) for pattern in READERS)
 
 
 @functools.cache
-def code() -> str:
+def code(root: Path = ROOT) -> str:
     """A digest of the sources that a run depends on: fedtune, clients and server."""
-    root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for top in ("fedtune", "clients", "server"):
         for path in sorted((root / top).rglob("*.py")):

@@ -71,7 +71,7 @@ def difference(evidence: Evidence, baseline: Evidence | None, metric: str) -> Di
         p_holm=None,
         family=0,
         p_permutation=statistics.sign_flip(values),
-        p_smallest=2.0 ** (1 - len(seeds)),
+        p_smallest=max(2.0 ** (1 - len(seeds)), 2.0**-16),
     )
 
 

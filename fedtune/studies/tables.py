@@ -239,11 +239,11 @@ def _p(value: float | None) -> str:
 
 
 def _difference(score: Score) -> list[str]:
-    """Difference with its bootstrap interval, p, Holm's and the permutation test's."""
+    """Difference with its t interval, p, Holm's and the permutation test's."""
     gap = score.difference
     if gap is None:
         return [NONE] * 4
-    shown = f"{round(gap.mean, 3) + 0.0:+.3f}{_interval(gap.bootstrap or gap.interval, '+')}"
+    shown = f"{round(gap.mean, 3) + 0.0:+.3f}{_interval(gap.interval or gap.bootstrap, '+')}"
     return [shown, _p(gap.p), _p(gap.p_holm), _p(gap.p_permutation)]
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fedtune.studies.comparison import PROTOCOLS, Arm, Comparison, Condition, Score
 
 LEVEL = 0.05
+FEW = 6  # seeds, of which a bootstrap is clearly too narrow
 BETTER, WORSE, NOISE, UNTESTED = "better", "worse", "within noise", "not tested"
 BEST = {"higher": "highest", "lower": "lowest"}
 MODELS = {"global": "global model", "personal": "personal models"}
@@ -157,9 +158,9 @@ def _condition(comparison: Comparison, condition: Condition, protocol: str) -> l
         top = max(ranking.ranks, key=lambda r: r.best)
         said = f"{top.arm} is the best in {100 * top.best:.0f} % of bootstrap draws"
         others = [r.arm for r in open_to if r.arm != top.arm]
-        said += (
-            f"; {listed(others)} may be too" if others else "; no other has rank 1 in its interval"
-        )
+        said += f"; {listed(others)} may be too" if others else ""
+        seeds = len(comparison.seeds)
+        said += f" (of {seeds} seeds, which understate the spread)" if seeds < FEW else ""
         sentences.append(said + ".")
     references = [
         f"{a.name} {s.mean:.3f}"
