@@ -91,7 +91,16 @@ def measured(count: int, parameters: int, gone: int) -> dict[str, float]:
     identities = simulated(CONFIG, [f"client-{number:02d}" for number in range(count)])
     manifest = next(iter(identities.values())).manifest.digest().hex()
     members = {
-        name: Member(name, NODE + number, 100, 10, None, (), identity.public.hex(), manifest)
+        name: Member(
+            name,
+            NODE + number,
+            100,
+            10,
+            None,
+            (),
+            identity=identity.public.hex(),
+            manifest=manifest,
+        )
         for number, (name, identity) in enumerate(identities.items())
     }
     folder = Path(tempfile.mkdtemp(prefix="masking-"))
