@@ -10,9 +10,9 @@ and begin from the first of the adapter's, as in FlexLoRA.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from fedtune.adapter import Adapter, State, at_rank
+from fedtune.adapter import State
 from fedtune.combine import Combine
 from fedtune.errors import RecipeError
 from fedtune.lowrank import (
@@ -25,11 +25,12 @@ from fedtune.lowrank import (
     svd,
     with_products,
 )
-from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
+from fedtune.strategies.factored import Factored
+from fedtune.strategies.strategy import Update
 
 
 @dataclass(frozen=True)
-class FedMomentum(Strategy):
+class FedMomentum(Factored):
     """The mean of the products, split between the adapter and the base.
 
     Attributes:
@@ -37,22 +38,14 @@ class FedMomentum(Strategy):
             module by module; at 1 nothing is dropped, at 0 nothing joins the base (FlexLoRA).
     """
 
-    admits_dora: ClassVar[bool] = False
     changes_base: ClassVar[bool] = True
     fixed_frame: ClassVar[bool] = False
-    sends: ClassVar[Literal["delta", "adapter"]] = "adapter"
-    sums_only: ClassVar[bool] = False
-    mixed_ranks: ClassVar[bool] = True
     energy: float = 0.9999
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""
         if not 0 <= self.energy <= 1:
             raise RecipeError(f"strategy fedmomentum: energy = {self.energy} must be in [0, 1].")
-
-    def broadcast(self, server: State, client: ClientInfo, round: int) -> State:
-        sent = super().broadcast(server, client, round)
-        return {**sent, "adapter": at_rank(sent["adapter"], client.rank)}
 
     def aggregate(
         self, server: State, updates: Sequence[Update], combine: Combine, round: int
@@ -73,12 +66,3 @@ class FedMomentum(Strategy):
         adapter = with_products(server["adapter"], dominant)
         base = added(server.get("base", {}), named(rest, adapter))
         return {**server, "adapter": adapter, **({"base": base} if base else {})}
-
-    def reply(self, turn: Turn, plan: Plan, trained: State) -> tuple[State, State]:
-        return {"adapter": trained["adapter"]}, {}
-
-    def payload(self, initial: Adapter, client: ClientInfo, round: int) -> State:
-        return {"adapter": at_rank(initial, client.rank)}
-
-    def contribution(self, server: State, update: Update, round: int) -> Adapter:
-        return update.state["adapter"]

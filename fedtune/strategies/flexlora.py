@@ -10,32 +10,25 @@ balanced = false is the paper's.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
-from fedtune.adapter import Adapter, State, at_rank
+from fedtune.adapter import State
 from fedtune.combine import Combine
 from fedtune.lowrank import Product, mean_products, truncate, with_products
-from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
+from fedtune.strategies.factored import Factored
+from fedtune.strategies.strategy import Update
 
 
 @dataclass(frozen=True)
-class FlexLoRA(Strategy):
-    """Factors are sent, not their changes: a product needs both.
+class FlexLoRA(Factored):
+    """The mean of the products, at the best approximation of each client's rank.
 
     Attributes:
         balanced: split the singular values evenly between B and A instead of giving them to B.
     """
 
-    sends: ClassVar[Literal["delta", "adapter"]] = "adapter"
-    admits_dora: ClassVar[bool] = False
     fixed_frame: ClassVar[bool] = False
-    sums_only: ClassVar[bool] = False
-    mixed_ranks: ClassVar[bool] = True
     balanced: bool = True
-
-    def broadcast(self, server: State, client: ClientInfo, round: int) -> State:
-        # Singular values come in descending order: the first ranks are the best approximation.
-        return {"adapter": at_rank(server["adapter"], client.rank)}
 
     def aggregate(
         self, server: State, updates: Sequence[Update], combine: Combine, round: int
@@ -49,12 +42,3 @@ class FlexLoRA(Strategy):
             return truncate(mean, len(before.A), balanced=self.balanced)
 
         return {**server, "adapter": with_products(server["adapter"], joined)}
-
-    def reply(self, turn: Turn, plan: Plan, trained: State) -> tuple[State, State]:
-        return {"adapter": trained["adapter"]}, {}
-
-    def payload(self, initial: Adapter, client: ClientInfo, round: int) -> State:
-        return {"adapter": at_rank(initial, client.rank)}
-
-    def contribution(self, server: State, update: Update, round: int) -> Adapter:
-        return update.state["adapter"]

@@ -8,20 +8,21 @@ https://arxiv.org/abs/2506.09199, keeps of it what `energy` says.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
-from fedtune.adapter import Adapter, State, at_rank, digest, rank_axis
+from fedtune.adapter import Adapter, State, digest, rank_axis
 from fedtune.combine import Combine
 from fedtune.errors import RecipeError
 from fedtune.lowrank import added, keep_energy, mean_product
 from fedtune.seeds import generator
-from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
+from fedtune.strategies.factored import Factored
+from fedtune.strategies.strategy import Update
 
 
 @dataclass(frozen=True)
-class FLoRA(Strategy):
+class FLoRA(Factored):
     """The mean of the products joins the base every round; each round has a new adapter.
 
     Attributes:
@@ -29,22 +30,14 @@ class FLoRA(Strategy):
             is all of it (FLoRA), less is FLoRIST.
     """
 
-    admits_dora: ClassVar[bool] = False
     changes_base: ClassVar[bool] = True
     fixed_frame: ClassVar[bool] = False
-    sends: ClassVar[Literal["delta", "adapter"]] = "adapter"
-    sums_only: ClassVar[bool] = False
-    mixed_ranks: ClassVar[bool] = True
     energy: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what is no share."""
         if not 0 < self.energy <= 1:
             raise RecipeError(f"strategy flora: energy = {self.energy} must be in (0, 1].")
-
-    def broadcast(self, server: State, client: ClientInfo, round: int) -> State:
-        sent = super().broadcast(server, client, round)
-        return {**sent, "adapter": at_rank(sent["adapter"], client.rank)}
 
     def aggregate(
         self, server: State, updates: Sequence[Update], combine: Combine, round: int
@@ -54,15 +47,6 @@ class FLoRA(Strategy):
             mean = keep_energy(mean, self.energy)
         base = added(server.get("base", {}), mean)
         return {**server, "adapter": afresh(server["adapter"], round), "base": base}
-
-    def reply(self, turn: Turn, plan: Plan, trained: State) -> tuple[State, State]:
-        return {"adapter": trained["adapter"]}, {}
-
-    def payload(self, initial: Adapter, client: ClientInfo, round: int) -> State:
-        return {"adapter": at_rank(initial, client.rank)}
-
-    def contribution(self, server: State, update: Update, round: int) -> Adapter:
-        return update.state["adapter"]
 
 
 def afresh(adapter: Adapter, round: int) -> Adapter:

@@ -15,7 +15,6 @@ again. g r_i is rounded down, so that below rank 100 a whole rank goes at a time
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -24,11 +23,12 @@ from fedtune.adapter import Adapter, State, at_rank, rank_axis, rank_of, weighte
 from fedtune.combine import Combine
 from fedtune.errors import RecipeError
 from fedtune.lowrank import product_norm, products
-from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
+from fedtune.strategies.factored import Factored
+from fedtune.strategies.strategy import ClientInfo, Plan, Turn, Update
 
 
 @dataclass(frozen=True)
-class HetLoRA(Strategy):
+class HetLoRA(Factored):
     """Every client at its own rank, which never grows.
 
     The coordinator keeps the ranks, in the group "ranks": a client learns its own from what it is
@@ -39,10 +39,6 @@ class HetLoRA(Strategy):
         penalty: lambda.
     """
 
-    admits_dora: ClassVar[bool] = False
-    sends: ClassVar[Literal["delta", "adapter"]] = "adapter"
-    sums_only: ClassVar[bool] = False
-    mixed_ranks: ClassVar[bool] = True
     keep: float = 0.99
     penalty: float = 0.001
 
@@ -53,9 +49,6 @@ class HetLoRA(Strategy):
     def client_rank(self, server: State, client: ClientInfo) -> int:
         own = server.get("ranks", {}).get(client.name)
         return client.rank if own is None else int(own)
-
-    def broadcast(self, server: State, client: ClientInfo, round: int) -> State:
-        return {"adapter": at_rank(server["adapter"], client.rank)}
 
     def aggregate(
         self, server: State, updates: Sequence[Update], combine: Combine, round: int
@@ -87,9 +80,6 @@ class HetLoRA(Strategy):
 
     def payload(self, initial: Adapter, client: ClientInfo, round: int) -> State:
         return {"adapter": at_rank(initial, client.rank), "rank": {"rank": torch.zeros(1)}}
-
-    def contribution(self, server: State, update: Update, round: int) -> Adapter:
-        return update.state["adapter"]
 
 
 def require(keep: float, penalty: float) -> None:
