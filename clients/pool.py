@@ -7,19 +7,16 @@ A worker that dies answers its message with an error and is replaced. Results do
 which worker answers, or when.
 """
 
-import gc
 import itertools
 import logging
 import logging.handlers
 import multiprocessing
 import queue
-import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing import connection
-from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import TypeAlias
@@ -39,10 +36,9 @@ from clients.local import (
 )
 from fedtune import allocator
 from fedtune.errors import RunError
-from fedtune.processes import end_with_parent, how, log_to, visible
+from fedtune.processes import Pipe, attend, how, visible
 
 LAST = sys.maxsize
-Pipe: TypeAlias = "Connection[object, object]"
 Replies: TypeAlias = "queue.SimpleQueue[Message]"
 
 
@@ -186,16 +182,7 @@ class Pool:
 
 def _work(job: Job, pipe: Pipe) -> None:
     """A worker: answers messages until it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    gc.freeze()  # a collection would copy every page that is shared with the parent
-    sending = threading.Lock()
-
-    def send(item: object) -> None:
-        with sending:
-            pipe.send(item)
-
-    log_to(send, job.level)
+    send = attend(pipe, job.level)
     identify()
     allocator.keep_pages()
     torch.set_num_threads(job.threads)

@@ -1,6 +1,7 @@
 """What processes that work for this one have in common: devices, logging, and how they end."""
 
 import contextlib
+import gc
 import logging
 import logging.handlers
 import multiprocessing
@@ -8,10 +9,15 @@ import os
 import queue
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
+from multiprocessing.connection import Connection
+from typing import TypeAlias
 
 import torch
+
+Pipe: TypeAlias = "Connection[object, object]"
 
 
 def can_fork(threads: int) -> bool:
@@ -56,7 +62,26 @@ class _ToParent(logging.handlers.QueueHandler):
         self.send(record)
 
 
-def log_to(send: Callable[[object], None], level: int) -> None:
+def attend(pipe: Pipe, level: int) -> Callable[[object], None]:
+    """Make this process a worker that answers through `pipe` and ends with its parent.
+
+    Returns:
+        How to send, from any thread; log records of `level` and above go the same way.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    gc.freeze()  # a collection would copy every page that is shared with the parent
+    sending = threading.Lock()
+
+    def send(item: object) -> None:
+        with sending:
+            pipe.send(item)
+
+    _log_to(send, level)
+    return send
+
+
+def _log_to(send: Callable[[object], None], level: int) -> None:
     """Leave the parent's handlers alone, and the console with them."""
     loggers = [logging.getLogger(name) for name in logging.root.manager.loggerDict]
     for logger in [logging.root, *loggers]:
@@ -67,8 +92,7 @@ def log_to(send: Callable[[object], None], level: int) -> None:
     logging.getLogger("fedtune").setLevel(level)
 
 
-def end_with_parent() -> None:
-    """Wait for the parent's end and end this process too; for a thread of its own."""
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     assert parent is not None
     connection.wait([parent.sentinel])

@@ -6,11 +6,8 @@ on from its last round, and one that fails, even by taking its process along, is
 reason while the others go on.
 """
 
-import gc
 import logging
 import multiprocessing
-import signal
-import threading
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,16 +15,15 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Protocol, TypeAlias
+from typing import Protocol
 
 from fedtune import launch
 from fedtune.config import Experiment
 from fedtune.errors import FedTuneError
-from fedtune.processes import can_fork, end_with_parent, how, log_to, visible
+from fedtune.processes import Pipe, attend, can_fork, how, visible
 from fedtune.records import RoundRecord
 
 log = logging.getLogger("fedtune")
-Pipe: TypeAlias = "Connection[object, object]"
 
 
 class View(Protocol):
@@ -215,16 +211,7 @@ def _outcome(cell: Experiment) -> str:
 
 def _work(pipe: Pipe) -> None:
     """A worker: runs cells until it is killed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    gc.freeze()  # a collection would copy every page that is shared with the parent
-    sending = threading.Lock()
-
-    def send(item: object) -> None:
-        with sending:
-            pipe.send(item)
-
-    log_to(send, logging.INFO)
+    send = attend(pipe, logging.INFO)
     while True:
         cell = pipe.recv()
         assert isinstance(cell, Experiment)
