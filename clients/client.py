@@ -339,6 +339,11 @@ def institution(
             'key and the roster of all: --node-config \'... identity="/keys/north.key" '
             'roster="/keys/roster.toml"\'.'
         )
+    if key and key.manifest.run != run_id:
+        raise RecipeError(
+            f"The roster of this institution is for the run {key.manifest.run}; this one is "
+            f"{run_id}. Each run needs a roster of its own."
+        )
     data, seed = experiment.data, experiment.seed
     shard = shards.institution(
         name, str(node["shard"]), str(node.get("test", "")) or None, data, seed

@@ -256,7 +256,7 @@ def test_a_key_is_made_once_and_shown_as_its_line_in_a_roster(tmp_path: Path, fe
     code, line, _ = fedtune("keys", "new", tmp_path / "north.key")
     assert code == 0
     assert fedtune("keys", "show", tmp_path / "north.key")[:2] == (0, line)
-    (tmp_path / "roster.toml").write_text(f"[keys]\n{line}")
+    (tmp_path / "roster.toml").write_text(f'run = "a"\n[keys]\n{line}')
     identity = Identity.load("north", tmp_path / "north.key", tmp_path / "roster.toml")
     assert identity.manifest.keys == {"north": identity.public}
     code, _, error = fedtune("keys", "new", tmp_path / "north.key")

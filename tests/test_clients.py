@@ -189,13 +189,15 @@ def masking(hospital: tuple[Experiment, Node], tmp_path: Path) -> tuple[Experime
     experiment, node = hospital
     names = ("hospital", "bank", "shop")
     lines = [line_of(name, new_key(tmp_path / f"{name}.key")) for name in names]
-    (tmp_path / "roster.toml").write_text("\n".join(["[keys]", *lines]) + "\n")
+    experiment = experiment.replace(secure_aggregation="masked")
+    head = f'run = "{experiment.run_id}"'
+    (tmp_path / "roster.toml").write_text("\n".join([head, "[keys]", *lines]) + "\n")
     files: Node = {
         "identity": str(tmp_path / "hospital.key"),
         "roster": str(tmp_path / "roster.toml"),
         "state": str(tmp_path / "kept"),
     }
-    return experiment.replace(secure_aggregation="masked"), {**node, **files}
+    return experiment, {**node, **files}
 
 
 def test_who_masks_tells_its_key_and_not_its_rows(masking: tuple[Experiment, Node]) -> None:
@@ -223,6 +225,14 @@ def test_a_key_and_a_roster_belong_together(masking: tuple[Experiment, Node]) ->
         asked(experiment, {**bare, "roster": node["roster"]})
     with pytest.raises(RecipeError, match="has not the key of"):
         asked(experiment, {**node, "client": "bank"})
+
+
+def test_a_roster_is_for_one_run(masking: tuple[Experiment, Node]) -> None:
+    """The same recipe under another name, over another cohort, would be a second sum of it."""
+    experiment, node = masking
+    reason = f"is for the run {experiment.run_id}; this one is second-"
+    with pytest.raises(RecipeError, match=reason):
+        asked(experiment.replace(name="second"), node)
 
 
 def test_a_letter_that_nobody_expects_is_refused(

@@ -109,7 +109,6 @@ def test_a_supernode_killed_in_the_middle_leaves_the_exact_sum_of_the_others(
             write_jsonl(tmp_path / f"{name}-{split}.jsonl", classification_rows(count, seed, name))
     keys = {name: new_key(tmp_path / f"{name}.key") for name in SIZES}
     lines = [line_of(name, key) for name, key in keys.items()]
-    (tmp_path / "roster.toml").write_text("\n".join(["[keys]", *lines]) + "\n")
     experiment = tiny.replace(
         name="deployed",
         rounds=1,
@@ -120,6 +119,8 @@ def test_a_supernode_killed_in_the_middle_leaves_the_exact_sum_of_the_others(
         coordinator__minimum_clients=4,
         coordinator__timeout_seconds=240.0,
     )
+    head = f'run = "{experiment.run_id}"'
+    (tmp_path / "roster.toml").write_text("\n".join([head, "[keys]", *lines]) + "\n")
     port, home = free_port(), tmp_path / "cli"
     home.mkdir()
     (home / "config.toml").write_text(

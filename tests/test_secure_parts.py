@@ -293,10 +293,11 @@ def test_an_identity_is_a_key_file_and_a_roster_file(tmp_path: Path) -> None:
     keys = {name: new_key(tmp_path / f"{name}.key") for name in ("north", "south")}
     assert (tmp_path / "north.key").stat().st_mode & 0o777 == 0o600
     lines = [line_of(name, key) for name, key in keys.items()]
-    path = roster(tmp_path / "roster.toml", lines, "minimum_cohort = 4")
+    path = roster(tmp_path / "roster.toml", lines, 'run = "a-0123"\nminimum_cohort = 4')
     identity = Identity.load("north", tmp_path / "north.key", path)
     assert identity.public == keys["north"].public_key().public_bytes_raw()
     assert identity.manifest.minimum_cohort == 4
+    assert identity.manifest.run == "a-0123"
     assert identity.manifest.digest() == Manifest.load(path).digest()
     with pytest.raises(RecipeError, match="has not the key of"):
         Identity.load("south", tmp_path / "north.key", path)
@@ -310,8 +311,10 @@ def test_an_identity_is_a_key_file_and_a_roster_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("head", "line", "message"),
     [
-        ("", 'north = "AAAA"', "the key of 'north' is none"),
-        ("", "north = 7", "the key of 'north' is none"),
+        ('run = "a"', 'north = "AAAA"', "the key of 'north' is none"),
+        ('run = "a"', "north = 7", "the key of 'north' is none"),
+        ("", "north = 7", "must name the one run that it is for"),
+        ("run = 1", "north = 7", "must name the one run that it is for"),
         ("minimum_cohort = 2", "", "must hold a table"),
         ("minimum_cohort = 2", 'north = "' + "A" * 43 + '="', "must be at least 3"),
         ("threshold = 1", 'north = "' + "A" * 43 + '="', "it holds threshold"),

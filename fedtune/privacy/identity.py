@@ -38,7 +38,8 @@ class Manifest:
     Attributes:
         keys: name -> public identity key.
         minimum_cohort: clients without which this one takes no part.
-        run: the one run that it is for, as `fedtune plan` shows it; "" for any.
+        run: the one run that it is for, as `fedtune plan` shows it: two runs of one recipe over
+            different cohorts are two sums of the same updates. "" is any, in a simulation.
     """
 
     keys: dict[str, bytes]
@@ -53,7 +54,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
-        """The roster in a TOML file: `[keys]` with a line a client, as `fedtune keys` prints it.
+        """The roster in a TOML file: its run, and `[keys]` with a line that `fedtune keys` prints.
 
         Raises:
             RecipeError: it is missing or not as described.
@@ -66,12 +67,16 @@ class Manifest:
         table = found.pop("keys", None)
         if found or not isinstance(table, dict) or not table:
             raise RecipeError(
-                f"The roster {path} must hold a table [keys], and may hold minimum_cohort and run; "
+                f"The roster {path} must hold run and a table [keys], and may hold minimum_cohort; "
                 f"it holds {', '.join(found) or 'no keys'}."
             )
-        if type(minimum) is not int or minimum < SMALLEST or type(run) is not str:
+        if type(minimum) is not int or minimum < SMALLEST:
+            raise RecipeError(f"The roster {path}: minimum_cohort must be at least {SMALLEST}.")
+        if type(run) is not str or not run:
             raise RecipeError(
-                f"The roster {path}: minimum_cohort must be at least {SMALLEST} and run a text."
+                f'The roster {path} must name the one run that it is for, as in run = "NAME-DIGEST"'
+                " (`fedtune plan RECIPE` shows it): sums over two runs of a recipe, of different "
+                "cohorts, differ by single updates."
             )
         return cls(
             {str(name): _public(path, name, text) for name, text in table.items()}, minimum, run
