@@ -107,8 +107,9 @@ class Coordinator:
         self._finish(server)
 
     def _protect(self) -> None:
-        """Open the ledger, or begin it."""
+        """Open the ledger, or begin it, for those who are here now."""
         try:
+            checkpoint.write_json(self.folder / "roster.json", self.roster.to_json())
             self.guard = private.guard(
                 self.experiment, self.parts, self.run_id, self.roster, self.folder
             )
@@ -139,7 +140,6 @@ class Coordinator:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             checkpoint.replace_text(self.folder / "experiment.toml", self.experiment.text())
-            checkpoint.write_json(self.folder / "roster.json", self.roster.to_json())
         except OSError as error:
             raise checkpoint.unwritable(self.folder, error, -1) from error
         self._protect()

@@ -24,13 +24,14 @@ from fedtune.parts import Parts
 from fedtune.privacy import accounting, central, clipping, mechanism, noise, spending
 from fedtune.privacy.clipping import BOUND, CLIP
 from fedtune.privacy.ledger import BEGIN, KEY, Ledger, Line
-from fedtune.privacy.spending import CHARGE
+from fedtune.privacy.mechanism import Mechanism
+from fedtune.privacy.spending import CHARGE, RELEASE
 from fedtune.strategies.strategy import Update
 from fedtune.wire import RejectedError
 from server.roster import Roster
 
 log = logging.getLogger("fedtune")
-RELEASE, STOP = "release", "stop"
+STOP = "stop"
 
 
 class Guard:
@@ -105,9 +106,10 @@ class Charging(Guard):
             self.ledger.append(BEGIN, **begin)
         self.spending = spending.of(self.ledger.lines)
         self._since = 0
+        before: dict[str, Mechanism] = {}
         for line in self.ledger.lines:
-            if line["kind"] == BEGIN and spending.mechanisms_of(line) != self.mechanisms:
-                self._since = line["seq"] + 1
+            if line["kind"] == BEGIN and (told := spending.mechanisms_of(line)) != before:
+                self._since, before = line["seq"], told
 
     def _new(self, begin: Line) -> bool:
         """Whether the population, the recipe's promise or the code is another than before."""
@@ -222,7 +224,12 @@ class Charging(Guard):
             earlier = any(line["clients"] == clients for line in self._of(RELEASE, round))
             outcome = "replayed" if earlier else "released"
             self.ledger.append(
-                RELEASE, round=round, outcome=outcome, clients=clients, released=shapes
+                RELEASE,
+                round=round,
+                outcome=outcome,
+                clients=clients,
+                inputs=digest(server),
+                released=shapes,
             )
             return server, updates
         (only,), settings = self.mechanisms.values(), self.experiment.privacy
@@ -296,7 +303,7 @@ def _begin(
     experiment: Experiment,
     parts: Parts,
     run_id: str,
-    mechanisms: dict[str, mechanism.Mechanism],
+    mechanisms: dict[str, Mechanism],
 ) -> Line:
     """What a ledger begins with, and again where any of it changes."""
     return {

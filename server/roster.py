@@ -85,6 +85,7 @@ class Roster:
                 "examples": member.examples or None,
                 "test_examples": member.test_examples,
                 "mix": member.mix,
+                "units": member.units or None,
             }
             for member in self.members.values()
         ]

@@ -13,7 +13,7 @@ from fedtune.privacy.accounting import Cost, Event
 from fedtune.privacy.ledger import BEGIN, Line
 from fedtune.privacy.mechanism import Mechanism
 
-CHARGE = "charge"
+CHARGE, RELEASE = "charge", "release"
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
-"""Recompute from a ledger alone what a run has spent, and refuse one that does not add up.
+"""Recompute from a ledger what a run has spent, and refuse one that does not add up.
 
 Everything a line claims follows from the lines before it: its hash from their bytes, its epsilon
-from their events. What the run's folder holds beside the ledger must agree with it: no round may
-have been committed that was not charged.
+from their events. What the run's folder holds beside the ledger must agree with it: the mechanisms
+are those of its recipe and roster, and no round was committed or released that was not charged.
 """
 
 import json
@@ -15,13 +15,13 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
-from fedtune.privacy import accounting, ledger, spending
+from fedtune.privacy import accounting, ledger, rederiving, spending
 from fedtune.privacy.ledger import BEGIN, KEY, LedgerError, Line
 from fedtune.privacy.noise import KEY_BYTES, subkey
-from fedtune.privacy.spending import CHARGE, Account, Spending
+from fedtune.privacy.rederiving import SAME
+from fedtune.privacy.spending import CHARGE, RELEASE, Account, Spending
 
-SAME, OTHER = 1e-9, 1e-2  # relative differences of an epsilon: same accountant, another release
-RELEASE = "release"
+OTHER = 1e-2  # relative difference of an epsilon that another release of the accountant may have
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,21 @@ def verify(folder: Path) -> Verified:
         raise _absent(folder)
     lines = ledger.read(folder)
     _same_key(folder, lines[0])
+    rederiving.require(Experiment.load(folder / "experiment.toml"), _units(folder), lines)
     spent = _recomputed(folder, lines)
     begin = [line for line in lines if line["kind"] == BEGIN][-1]
-    recipe = Experiment.load(folder / "experiment.toml").identity()
-    if recipe != begin["recipe"]:
-        raise LedgerError(f"{folder} has another recipe than its ledger.")
     last = _committed(folder, lines)
     return Verified(lines, begin, spent.accounts, spending.worst(spent.accounts), last)
+
+
+def _units(folder: Path) -> dict[str, int]:
+    """Client -> its records, as roster.json tells; 0 where they are not told."""
+    path = folder / "roster.json"
+    try:
+        clients = json.loads(path.read_text(encoding="utf-8"))["clients"]
+        return {str(client["name"]): int(client["units"] or 0) for client in clients}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise LedgerError(f"{path} does not tell whose privacy the ledger is about.") from error
 
 
 def _absent(folder: Path) -> Exception:
@@ -94,19 +102,15 @@ def _recomputed(folder: Path, lines: Sequence[Line]) -> Spending:
             continue
         number = line["seq"] + 1
         name = line["worst"]
-        budget = spent.mechanisms[name].budget
-        if spent.mechanisms[name].sigma != line["sigma_abs"]:
-            raise LedgerError(
-                f"Line {number} of {folder}'s ledger has another noise than it began."
-            )
-        cost = spending.told(spent.accounts[name].cost)
+        account, budget = spent.accounts.get(name, Account()), spent.mechanisms[name].budget
+        cost = spending.told(account.cost)
         for key, value in cost.items():
             if not _close(line["cost"].get(key), value, tolerance):
                 raise LedgerError(
                     f"Line {number} of {folder}'s ledger says {key} = {line['cost'].get(key)}, "
                     f"but its events cost {value}."
                 )
-        if budget and spent.accounts[name].epsilon > budget * (1 + tolerance):
+        if budget and account.epsilon > budget * (1 + tolerance):
             raise LedgerError(f"Line {number} of {folder}'s ledger exceeds the budget {budget}.")
     return spent
 
