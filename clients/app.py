@@ -150,9 +150,10 @@ def describe(message: Message, context: Context) -> Message:
         client.require_rows()
         column = client.parts.task.label_column
         counts = shards.mix([client.shard], column)[name] if column else None
-        key = client.identity
-        # A weight that is masked is not told here either, unless noise is to be charged by it.
-        hides = key and not _simulates(context) and client.experiment.privacy.mode != "record"
+        key, mode = client.identity, client.experiment.privacy.mode
+        # What is masked, or protected as a whole, does not tell its size here either; a client
+        # whose records are protected does, since noise is to be charged by their number.
+        hides = mode != "record" and (key or mode != "none") and not _simulates(context)
         described.append(
             {
                 "name": name,

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from clients import budget, personal, sampled
+from clients import personal, sampled
+from clients.budget import Book
 from clients.policy import OPEN, Policy
 from clients.rows import Rows
-from fedtune import attacks, models, parts, per_example, shards, training
+from fedtune import adapter, attacks, models, parts, per_example, shards, training
 from fedtune.adapter import State
 from fedtune.attacks import Attack
-from fedtune.config import DataSettings, Experiment, ModelSettings
+from fedtune.config import DataSettings, Experiment, ModelSettings, PrivacySettings
 from fedtune.errors import RecipeError
 from fedtune.heads import HeadRule
 from fedtune.models import Model
@@ -72,6 +73,7 @@ class Client:
         malicious: in a simulation, whether it does what the recipe's attack says.
         triggers: the test rows of all that show an attack's success, None for none.
         identity: its key and roster, where updates are masked.
+        account: the folder of its ledger over all runs; None is `state`, that of this one.
     """
 
     experiment: Experiment
@@ -85,6 +87,7 @@ class Client:
     malicious: bool = False
     triggers: Rows | None = None
     identity: Identity | None = None
+    account: Path | None = None
 
     @functools.cached_property
     def parts(self) -> parts.Parts:
@@ -120,8 +123,10 @@ class Client:
                 or the model do not fit what is promised to them.
         """
         _ = self.examples, self.tests
-        if self._promised():
+        if self.experiment.privacy.mode == "record":
             per_example.require(self.model)
+        if self.promised:
+            self.book.require_room(self.experiment.run_id, self.promised)
 
     def _turn(self, address: Address, received: State) -> Turn:
         kept = personal.load(self.state, address.last_round)
@@ -130,7 +135,7 @@ class Client:
     def prepare(self, address: Address, received: State) -> Job:
         """The job of one round, from what the coordinator sent and what the client kept."""
         e, name = self.experiment, self.shard.name
-        promised = self._promised()
+        promised = self.promised if e.privacy.mode == "record" else None
         batches = (
             []
             if promised
@@ -147,10 +152,25 @@ class Client:
             work = Work(batches, rates, seed)
         return Job(address, turn, plan, work)
 
-    def _promised(self) -> Mechanism | None:
-        """What the recipe promises to single records of this client, None for nothing."""
+    @property
+    def promised(self) -> Mechanism | None:
+        """What the recipe promises by noise of this client's own, None for nothing."""
         e = self.experiment
-        return mechanism.record(e, self.units) if e.privacy.mode == "record" else None
+        if e.privacy.mode == "record":
+            return mechanism.record(e, self.units)
+        return mechanism.local(e) if e.privacy.mode == "local" else None
+
+    @property
+    def book(self) -> Book:
+        """Its account, with what its institution lets all runs together cost."""
+        demands = self.policy.demands
+        delta = demands.delta or mechanism.delta_of(PrivacySettings(), self.units)
+        return Book(self.account or self.state, demands.epsilon, delta)
+
+    def _charge(self, key: bytes, promised: Mechanism, address: Address, inputs: str) -> None:
+        e = self.experiment
+        solved = not e.privacy.noise
+        self.book.charge(e.run_id, key, promised, address, inputs, solved=solved)
 
     def _sampled(
         self, address: Address, plan: Plan, rates: Sequence[float], promised: Mechanism
@@ -160,7 +180,7 @@ class Client:
         units = self.rows.units(self.number, self.model, settings.unit)
         own = (address, plan, rates, self.examples, units, settings.unit_rows, promised)
         inputs = sampled.inputs_hash(*own)
-        budget.charge(self.state, key, promised, address, inputs, solved=not settings.noise)
+        self._charge(key, promised, address, inputs)
         return sampled.work(*own, key, inputs)
 
     def _with_head(self, turn: Turn, plan: Plan) -> Plan:
@@ -193,9 +213,11 @@ class Client:
         if e.privacy.mode == "client":
             return clipping.bounded(sent, job.turn.received, e.privacy)
         if e.privacy.mode == "local":
-            key = noise.load_key(self.state / KEY)
-            own, turn = mechanism.local(e), job.address
-            return clipping.noised(sent, own, key, turn.run, turn.arm, turn.round, turn.client)
+            key, turn = noise.load_key(self.state / KEY), job.address
+            own, context = mechanism.local(e), (turn.run, turn.arm, turn.round, turn.client)
+            bare, _ = clipping.clipped(sent, own.clip)
+            self._charge(key, own, turn, repr((context, adapter.digest(bare), own)))
+            return clipping.noised(bare, own, key, *context)
         return sent
 
     def trial(self, address: Address, received: State) -> Trial:
@@ -313,8 +335,9 @@ def institution(
         config: the node-config, sorted.
 
     Raises:
-        RecipeError: the node-config or its file is wrong, or the recipe asks for pooled rows or for
-            updates in clear where the node-config names a roster.
+        RecipeError: the node-config or its file is wrong, or the recipe asks for pooled rows, for
+            updates in clear where the node-config names a roster, or promises less than the
+            node-config demands.
     """
     node = dict(config)
     policy = Policy.of(node)
@@ -349,7 +372,19 @@ def institution(
         name, str(node["shard"]), str(node.get("test", "")) or None, data, seed
     )
     labels = resolved.task.labels(None)
-    root = Path(str(node.get("state", Path.home() / ".fedtune"))) / name / run_id
-    rows = Rows((shard,), resolved.task, experiment.model)
-    folder = root / experiment.strategy
-    return Client(experiment, shard, labels, folder, rows, 0, policy, identity=key)
+    root = Path(str(node.get("state", Path.home() / ".fedtune"))) / name
+    account = Path(policy.demands.ledger or root / "account")
+    client = Client(
+        experiment=experiment,
+        shard=shard,
+        labels=labels,
+        state=root / run_id / experiment.strategy,
+        rows=Rows((shard,), resolved.task, experiment.model),
+        number=0,
+        policy=policy,
+        identity=key,
+        account=account,
+    )
+    if policy.demands.modes:
+        policy.demands.require(experiment, client.promised, bool(node.get("test")))
+    return client

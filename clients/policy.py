@@ -1,18 +1,20 @@
-"""What an institution lets out beside adapters and sums of metrics.
+"""What an institution lets out beside adapters and sums of metrics, and what it demands for them.
 
 The institution's own node-config decides; a recipe cannot. In a simulation there is nobody to
 protect.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from fedtune.components import nearest
+from clients import demands
+from clients.demands import Demands
+from fedtune.components import fits, nearest
 from fedtune.errors import RecipeError
 from fedtune.privacy.identity import Identity
 
-INSTITUTION_KEYS = {
+INSTITUTION_KEYS: dict[str, type] = {
     "client": str,
     "shard": str,
     "test": str,
@@ -21,6 +23,7 @@ INSTITUTION_KEYS = {
     "samples": bool,
     "identity": str,
     "roster": str,
+    **demands.KEYS,
 }
 
 
@@ -33,12 +36,14 @@ class Policy:
         samples: answers that its model generates from its own test rows.
         key: the file of its identity key; with it, updates leave masked or not at all.
         roster: the file of everybody's public keys.
+        demands: the promise without which it takes no part.
     """
 
     label_counts: bool = False
     samples: bool = False
     key: str = ""
     roster: str = ""
+    demands: Demands = field(default_factory=Demands)
 
     @classmethod
     def of(cls, node_config: Mapping[str, object]) -> "Policy":
@@ -52,7 +57,7 @@ class Policy:
             if key not in INSTITUTION_KEYS:
                 suggestion = nearest(key, INSTITUTION_KEYS)
                 raise RecipeError(f"Unknown node-config key '{key}'.{suggestion}")
-            if type(value) is not INSTITUTION_KEYS[key]:
+            if not fits(value, INSTITUTION_KEYS[key]):
                 kind = INSTITUTION_KEYS[key].__name__
                 raise RecipeError(f"node-config {key} = {value!r} must be of type {kind}.")
         for key in ("client", "shard"):
@@ -65,7 +70,7 @@ class Policy:
         if bool(key) != bool(roster):
             raise RecipeError("node-config identity and roster belong together; name both files.")
         label_counts, samples = (bool(node_config.get(n)) for n in ("label_counts", "samples"))
-        return cls(label_counts, samples, key, roster)
+        return cls(label_counts, samples, key, roster, Demands.of(node_config))
 
     def identity(self, client: str) -> Identity | None:
         """The client's identity, None where it has none.

@@ -330,6 +330,33 @@ def privacy_report(folder: RunFolder, as_json: AsJson = False) -> None:
     out.print(f"Wrote {folder / 'privacy.md'} and {folder / 'privacy.json'}", soft_wrap=True)
 
 
+@privacy.command()
+def account(
+    folder: Annotated[Path, typer.Argument(help="An account's folder.", show_default=False)],
+    delta: Annotated[float, typer.Option(min=0, max=0.5, help="0 is the runs' own largest.")] = 0.0,
+    as_json: AsJson = False,
+) -> None:
+    """What a client's rows have paid in all runs together, from its own account."""
+    from fedtune.privacy import ledger, spending
+
+    lines = ledger.read(folder)
+    runs = list(dict.fromkeys(line["run"] for line in lines if line["kind"] == ledger.BEGIN))
+    whole = spending.whole(lines)
+    found = [(run, spending.whole(lines, run)) for run in runs] + [("all runs", whole)]
+    rows = [
+        {"run": run, "rounds": own.rounds, "epsilon": own.at(delta or whole.delta)}
+        for run, own in found
+    ]
+    if as_json:
+        _print_json({"delta": delta or whole.delta, "runs": rows})
+        return
+    table = Table("run", "rounds", "epsilon", box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(str(row["run"]), f"{row['rounds']:,}", f"{row['epsilon']:.4g}")
+    out.print(table)
+    out.print(f"delta {delta or whole.delta:.3g}; lines of the ledger hold.")
+
+
 def guarded(command: Callable[[], None], debug: bool) -> int:
     """Run a command; print a FedTuneError as one line and return its exit code."""
     try:

@@ -279,7 +279,8 @@ class Coordinator:
         for name, address, content in self._ask("train", server, names, round, tally):
             try:
                 schema = self.guard.schema(self._schema(self._info(server, name), round))
-                examples = self.roster.members[name].examples
+                # Who does not tell its rows has one vote.
+                examples = self.roster.members[name].examples or 1
                 state, count = wire.gate(content, address, schema, examples)
                 self.guard.admit(server, state)
                 sums = wire.gate_metrics(content, address, expected)

@@ -37,8 +37,8 @@ class Ledger:
     """A run's ledger, open for writing.
 
     Args:
-        folder: of the run.
-        key: the run's secret.
+        folder: of the run, or of a client's account.
+        key: its secret.
 
     Raises:
         LedgerError: what is there was altered, or belongs to another key.
@@ -55,8 +55,8 @@ class Ledger:
             line["public_key"] != self.public_key for line in self.lines if "public_key" in line
         ):
             raise LedgerError(
-                f"{folder / FILE} is signed with another key than {folder / KEY}. One of them is "
-                "not this run's; bring it back, or start over with --overwrite."
+                f"{folder / FILE} is signed with another key than the one beside it. Bring back "
+                "whichever is not the right one; a run can also start over with --overwrite."
             )
         if self.lines:
             self._write_head()
@@ -173,7 +173,7 @@ def _drop_torn_line(folder: Path) -> None:
 def _altered(folder: Path, number: int, how: str) -> LedgerError:
     return LedgerError(
         f"Line {number + 1} of {folder / FILE} {how}: the ledger is not what was written, so what "
-        "this run has spent is not known. Bring the file back from a copy, or start over with "
+        "was spent is not known. Bring the file back from a copy; a run can also start over with "
         "--overwrite."
     )
 

@@ -38,7 +38,11 @@ class Account:
     @property
     def epsilon(self) -> float:
         """Of the models alone."""
-        return accounting.epsilon(self.events, self.delta) if self.events else 0.0
+        return self.at(self.delta)
+
+    def at(self, delta: float) -> float:
+        """The epsilon of the models alone for another delta."""
+        return accounting.epsilon(self.events, delta) if self.events else 0.0
 
     @property
     def cost(self) -> Cost:
@@ -74,6 +78,25 @@ def of(lines: Sequence[Line]) -> Spending:
     for line in lines:
         spending.take(line)
     return spending
+
+
+def whole(lines: Sequence[Line], run: str = "", *, others: bool = False) -> Account:
+    """One account of all charges, whoever they name: what a client's rows have paid.
+
+    Args:
+        lines: of a client's own ledger.
+        run: of this run alone; "" is all runs.
+        others: of all runs but that one.
+    """
+    account, current = Account(), ""
+    mechanisms: dict[str, Mechanism] = {}
+    for line in lines:
+        if line["kind"] == BEGIN:
+            mechanisms, current = mechanisms_of(line), line["run"]
+        elif line["kind"] == CHARGE and (not run or (current == run) != others):
+            for name in line["clients"]:
+                account = account.after(mechanisms[name])
+    return account
 
 
 def worst(accounts: Mapping[str, Account]) -> str:
