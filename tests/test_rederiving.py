@@ -11,12 +11,14 @@ from typing import Any
 import pytest
 import torch
 from test_private_runs import SECRET, central, play
+from test_record_runs import keyed
 
 from fedtune import parts
 from fedtune.adapter import State
 from fedtune.config import Experiment
 from fedtune.privacy import ledger, spending, verifying
 from fedtune.privacy.ledger import FILE, HEAD, Ledger, LedgerError, Line
+from fedtune.strategies.strategy import Update
 from server import private
 from server.roster import Member, Roster
 
@@ -243,13 +245,15 @@ def test_a_population_that_changed_is_derived_each_time(tiny: Experiment, tmp_pa
     state: State = {"adapter": {"b": torch.zeros(1)}}
     (tmp_path / "experiment.toml").write_text(recipe.text())
 
-    def charged(size: int) -> private.Charging:
+    keyed(tmp_path)
+
+    def charged(size: int) -> None:
         now = roster({"north": size})
         (tmp_path / "roster.json").write_text(json.dumps(now.to_json()))
         guard = private.Charging(recipe, resolved, recipe.run_id, now, tmp_path)
         guard.charge(state, ["north"], 1)
         guard.charge(state, ["north"], 1)
-        return guard
+        guard.release(state, [Update("north", 1.0, state)], state, 1)
 
     for count, size in enumerate((80, 40, 80), start=1):
         charged(size)
@@ -257,6 +261,8 @@ def test_a_population_that_changed_is_derived_each_time(tiny: Experiment, tmp_pa
         assert verifying.verify(tmp_path).accounts["north"].rounds == count
     begins = [line for line in ledger.read(tmp_path) if line["kind"] == "begin"]
     assert [line["mechanisms"]["north"]["units"] for line in begins] == [80, 40, 80]
+    rewritten(tmp_path, without("charge", 2))  # what was paid before the records changed
+    assert "releases what no charge of round 1 has paid" in refusal(tmp_path)
 
 
 def test_a_resumed_run_tells_who_is_here_now(record: Experiment) -> None:

@@ -315,7 +315,7 @@ def test_an_identity_is_a_key_file_and_a_roster_file(tmp_path: Path) -> None:
         ('run = "a"', "north = 7", "the key of 'north' is none"),
         ("", "north = 7", "must name the one run that it is for"),
         ("run = 1", "north = 7", "must name the one run that it is for"),
-        ("minimum_cohort = 2", "", "must hold a table"),
+        ("minimum_cohort = 2", "", "must hold run and a table"),
         ("minimum_cohort = 2", 'north = "' + "A" * 43 + '="', "must be at least 3"),
         ("threshold = 1", 'north = "' + "A" * 43 + '="', "it holds threshold"),
         ("= 1", "", "cannot be read"),
