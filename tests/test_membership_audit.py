@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from conftest import WORDS
+from conftest import WORDS, make_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
 
 from clients.app import app as client_app
 from clients.cohort import CohortGrid
 from fedtune import models, parts
 from fedtune.audits import blind, likelihoods, membership, ranking
 from fedtune.audits.audited import Claim, open_run
-from fedtune.audits.finding import NotApplicableError
+from fedtune.audits.finding import Finding, NotApplicableError
 from fedtune.audits.likelihoods import Tokens
 from fedtune.config import Experiment
 from fedtune.models import Model
@@ -159,52 +160,90 @@ def play(experiment: Experiment) -> Path:
     return parts.folder_of(experiment)
 
 
-@pytest.fixture
-def remembered(tiny: Experiment, tmp_path: Path) -> Experiment:
-    path = tmp_path / "texts.jsonl"
-    rows = texts(160, 0)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return tiny.replace(
-        name="remembered",
-        rounds=2,
-        adapter__rank=8,
-        data__source=f"jsonl(train='{path}')",
-        data__audit_holdout=0.4,
-        train__learning_rate=0.02,
-        train__epochs=15,
-        train__batch_size=8,
-    )
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Random models that are wide enough to learn a few rows by heart."""
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "vocab_size": 64}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 128}
+    folders = {task: tmp_path_factory.mktemp(task) for task in ("causal_lm", "classification")}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text = LlamaConfig(**sizes, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+        LlamaForCausalLM(text).save_pretrained(folders["causal_lm"])
+        encoder = BertModel(BertConfig(**sizes, initializer_range=0.3))
+        encoder.save_pretrained(folders["classification"])
+    for task, folder in folders.items():
+        make_tokenizer(folder, bert=task == "classification")
+    return folders
 
 
-def test_what_was_learnt_by_heart_is_told_and_what_was_not_learnt_is_not(
-    remembered: Experiment,
+def written(tiny: Experiment, task: str, model: Path, folder: Path, **changes: Any) -> Experiment:
+    path = folder / "texts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in texts(200, 0)), encoding="utf-8")
+    settings: dict[str, Any] = {
+        "rounds": 2,
+        "task": task,
+        "model__name": str(model),
+        "adapter__rank": 8,
+        "data__source": f"jsonl(train='{path}')",
+        "data__audit_holdout": 0.5,
+        "train__batch_size": 8,
+        "train__schedule": "linear",
+    }
+    return tiny.replace(name=task, **{**settings, **changes})
+
+
+def area(finding: Finding, name: str) -> float:
+    return next(m.value for m in finding.measures if m.name == name and not m.subject)
+
+
+def test_texts_that_were_learnt_by_heart_are_told(
+    tiny: Experiment, wide: dict[str, Path], tmp_path: Path
 ) -> None:
-    finding = membership.audit(open_run(play(remembered)))
+    e = written(tiny, "causal_lm", wide["causal_lm"], tmp_path)
+    e = e.replace(train__learning_rate=0.01, train__epochs=20)
+    finding = membership.audit(open_run(play(e)))
     assert finding.verdict == "no claim"
     assert "data.audit_holdout" in finding.validity
-    first = finding.measures[0]
-    assert first.name == "AUC of the loss ratio"
-    assert first.value > 0.8
-    idle = remembered.replace(name="idle", train__learning_rate=1e-9, train__epochs=1)
-    finding = membership.audit(open_run(play(idle)))
-    first = finding.measures[0]
+    assert finding.measures[0].name == "AUC of the EZ"
+    assert finding.measures[0].value > 0.85
+    assert area(finding, "AUC of the loss ratio") > 0.95
+    assert area(finding, "AUC of the min-k%++") > 0.85
+    assert {measure.subject for measure in finding.measures} == {"", "north", "south"}
+
+
+def test_labels_that_were_learnt_by_heart_are_told(
+    tiny: Experiment, wide: dict[str, Path], tmp_path: Path
+) -> None:
+    """By one client: a mean of several forgets what each alone has learnt by heart."""
+    e = written(tiny, "classification", wide["classification"], tmp_path)
+    alone = {"data__partition": "iid", "data__clients": 1}
+    e = e.replace(train__learning_rate=0.005, train__epochs=40, **alone)
+    finding = membership.audit(open_run(play(e)))
+    assert finding.measures[0].name == "AUC of the loss ratio"
+    assert finding.measures[0].value > 0.8, finding
+    assert area(finding, "AUC of the loss") > 0.8
+
+
+@pytest.mark.parametrize("task", ["causal_lm", "classification"])
+def test_what_was_not_learnt_is_not_told(
+    task: str, tiny: Experiment, wide: dict[str, Path], tmp_path: Path
+) -> None:
+    e = written(tiny, task, wide[task], tmp_path, train__learning_rate=1e-9, rounds=1)
+    first = membership.audit(open_run(play(e))).measures[0]
     assert first.low is not None
     assert first.high is not None
     assert first.low < 0.5 < first.high
-    subjects = {measure.subject for measure in finding.measures}
-    assert subjects == {"", "north", "south"}
 
 
 def test_without_a_holdout_test_rows_serve_and_other_words_make_it_invalid(
-    remembered: Experiment, tmp_path: Path
+    tiny: Experiment, tiny_bert: Path, tmp_path: Path
 ) -> None:
     test = tmp_path / "test.jsonl"
     rows = texts(90, 5, WORDS[:15])
     test.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    source = remembered.data.source.replace("')", f"', test='{test}')")
-    e = remembered.replace(
-        data__source=source, data__audit_holdout=0.0, train__epochs=1, name="shifted"
-    )
+    e = written(tiny, "classification", tiny_bert, tmp_path, data__audit_holdout=0.0)
+    e = e.replace(data__source=e.data.source.replace("')", f"', test='{test}')"))
     finding = membership.audit(open_run(play(e)))
     assert finding.verdict == "invalid"
     assert "differ by themselves" in finding.reason
@@ -231,7 +270,9 @@ def test_a_promise_that_members_disprove_is_broken() -> None:
     assert membership._verdict(claim, area, chance, area)[0] == "invalid"
 
 
-def test_personal_models_are_not_one_model(remembered: Experiment) -> None:
-    e = remembered.replace(strategy="fedsa_lora", train__epochs=1, name="personal")
+def test_personal_models_are_not_one_model(
+    tiny: Experiment, tiny_bert: Path, tmp_path: Path
+) -> None:
+    e = written(tiny, "classification", tiny_bert, tmp_path, strategy="fedsa_lora")
     with pytest.raises(NotApplicableError, match="keeps its own model"):
         membership.audit(open_run(play(e)))
