@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from test_cli import call, write_recipe
 
-from fedtune import page_audits
+from fedtune import page_audits, parts
 from fedtune.audits import auditing, kept, shown
 from fedtune.audits.finding import BROKEN, HOLDS, INAPPLICABLE, Finding, Measure
+from fedtune.config import Experiment
 from fedtune.errors import RecipeError, RunError
 from fedtune.pages import rendered
 
@@ -71,9 +73,10 @@ def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
         kept.read(tmp_path)
 
 
-def test_an_unknown_audit_is_refused() -> None:
-    with pytest.raises(RecipeError, match="no audit 'mechanics'"):
-        auditing.chosen("mechanics")
+def test_an_unknown_audit_is_refused_with_the_nearest_name() -> None:
+    with pytest.raises(RecipeError, match=r"no audit 'mechanisms'\. Did you mean 'mechanism'\?"):
+        auditing.chosen("mechanisms")
+    assert auditing.chosen(" mechanism ,mechanism") == ("mechanism",)
     assert auditing.chosen("") == auditing.AUDITS
 
 
@@ -107,3 +110,58 @@ def test_a_page_sets_measures_beside_the_claim() -> None:
 
 def test_not_a_number_does_not_break_a_table() -> None:
     assert shown.number(Measure("x", math.inf)) == "inf"
+
+
+@pytest.fixture
+def fedtune(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # type: ignore
+    return lambda *arguments: call(capsys, monkeypatch, *arguments)
+
+
+def test_a_private_run_is_audited_and_a_broken_claim_is_an_error(
+    tiny: Experiment,
+    tmp_path: Path,
+    fedtune,  # type: ignore
+) -> None:
+    private = ("privacy.mode=record", "privacy.noise=2.0", "rounds=1", "train.steps=2")
+    assert fedtune("run", write_recipe(tiny, tmp_path), *private)[0] == 0
+    folder = parts.folder_of(tiny)
+    code, out, err = fedtune("audit", folder, "--only", "mechanism", "--json")
+    assert (code, err) == (0, "")
+    (found,) = json.loads(out)
+    assert (found["audit"], found["verdict"]) == ("mechanism", HOLDS)
+    assert "differentially private" in found["claim"]
+    assert kept.read(folder) == {"mechanism": Finding.from_json(found)}
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Audits</h2>" in html
+    assert 'id="audit-mechanism"' in html
+
+    # What a run like this must not tell: the loss of the rows that it trained on.
+    first, last = (folder / "rounds.jsonl").read_text().splitlines()
+    record = json.loads(last)
+    record["train"] = {"north": {"loss": [3.5, 4.0]}}
+    (folder / "rounds.jsonl").write_text(f"{first}\n{json.dumps(record)}\n")
+    code, out, err = fedtune("audit", folder, "--only", "mechanism")
+    assert code == 1
+    assert "mechanism broken" in " ".join(out.split())
+    assert "tells them in round 1" in " ".join(out.split())
+    assert "is broken by: mechanism" in err
+    assert kept.read(folder)["mechanism"].verdict == BROKEN
+
+
+def test_a_run_that_promises_nothing_has_no_mechanism(
+    tiny: Experiment,
+    tmp_path: Path,
+    fedtune,  # type: ignore
+) -> None:
+    assert fedtune("run", write_recipe(tiny, tmp_path), "rounds=1")[0] == 0
+    folder = parts.folder_of(tiny)
+    code, out, _ = fedtune("audit", folder, "--only", "mechanism")
+    assert code == 0
+    assert "mechanism: not applicable" in out
+    assert kept.read(folder)["mechanism"].verdict == INAPPLICABLE
+    code, _, err = fedtune("audit", folder, "--only", "mechanisms")
+    assert (code, "Did you mean 'mechanism'?" in err) == (2, True)
+    lines = (folder / "rounds.jsonl").read_text().splitlines()
+    (folder / "rounds.jsonl").write_text(lines[0] + "\n")
+    code, _, err = fedtune("audit", folder)
+    assert (code, "has come to round 0 of 1" in err) == (2, True)

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 from made_comparison import example
 from scipy import stats
+from test_compare import Watching, compare, written
 
 from fedtune.audits import kept
 from fedtune.audits.finding import BROKEN, HOLDS, INAPPLICABLE, INVALID, Finding, Measure
 from fedtune.config import Experiment
 from fedtune.report import Run
-from fedtune.studies import audits, files, page, promises, rows, tables
+from fedtune.studies import audits, files, page, promises, rows, study_file, tables
 from fedtune.studies.comparison import Arm, Audit, Comparison, Condition, Interval
 from fedtune.studies.evidence import Evidence
 from fedtune.studies.marks import looks
@@ -60,10 +61,12 @@ def test_one_seed_keeps_the_audits_own_interval(tmp_path: Path) -> None:
     assert auc.allowed is None, "JSON has no infinity"
 
 
-def test_what_misleads_is_counted_and_not_averaged(tmp_path: Path) -> None:
+def test_what_was_invalid_or_not_measured_is_counted(tmp_path: Path) -> None:
     refused = Finding("membership", "", "", (), "none", INAPPLICABLE, "no rows", "")
-    auc, _ = audits.of(evidence(tmp_path, finding(0.9, INVALID), finding(0.5)), ["membership"])
-    assert (auc.values, auc.verdicts) == ([0.5], {INVALID: 1, HOLDS: 1})
+    arm = evidence(tmp_path, finding(0.9, INVALID), refused, finding(0.5))
+    auc, _ = audits.of(arm, ["membership"])
+    assert (auc.values, auc.seeds) == ([0.9, 0.5], [0, 2])
+    assert auc.verdicts == {INVALID: 1, INAPPLICABLE: 1, HOLDS: 1}
     (tmp_path / "none").mkdir()
     (none,) = audits.of(evidence(tmp_path / "none", refused), ["membership"])
     assert (none.measure, none.mean, none.reason) == ("", None, "no rows")
@@ -141,3 +144,36 @@ def test_plots_against_epsilon_end_without_a_promise() -> None:
 def test_the_page_without_audits_has_no_section(tmp_path: Path) -> None:
     page.write(example(1), tmp_path / "page.html")
     assert "against epsilon" not in (tmp_path / "page.html").read_text(encoding="utf-8")
+
+
+def test_a_study_audits_each_cell_once(tiny: Experiment) -> None:
+    """In the workers, private cells and others; a cell that has its audits is finished."""
+    text = """
+[vary]
+strategy = ["ffa_lora"]
+"privacy.epsilon" = [8.0, 0.0]
+[study]
+references = []
+audits = "mechanism"
+"""
+    recipe = tiny.replace(rounds=1, train__steps=2, privacy__mode="record", privacy__epsilon=8.0)
+    study = study_file.load(written(recipe, text))
+    assert study.audits == ("mechanism",)
+    view = Watching()
+    found = compare(study, view, workers=2)
+    assert [reason for _, reason in view.over] == ["", ""]
+    promised, none = (condition.arms[-1].audits for condition in found.conditions)
+    assert promised[0].verdicts == {HOLDS: 1}
+    assert none[0].verdicts == {INAPPLICABLE: 1}
+    assert "promises nothing" in none[0].reason
+    folders = [study.folder / "cells" / cell.experiment.name for cell in study.cells()]
+    before = [(folder / kept.FILE).stat().st_mtime_ns for folder in folders]
+    again = Watching()
+    assert compare(study, again, workers=1).conditions == found.conditions
+    assert again.complete == [2]
+    (folders[0] / kept.FILE).unlink()
+    last = Watching()
+    compare(study, last, workers=1)
+    assert (last.complete, last.rounds) == ([1], []), "it is audited and not trained again"
+    assert (folders[1] / kept.FILE).stat().st_mtime_ns == before[1]
+    assert (folders[0] / kept.FILE).exists()

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from fedtune.audits import kept
-from fedtune.audits.finding import INAPPLICABLE, INVALID, Finding, Measure
+from fedtune.audits.finding import Finding, Measure
 from fedtune.studies import statistics
 from fedtune.studies.comparison import Audit, Interval
 from fedtune.studies.evidence import Evidence
@@ -14,9 +14,9 @@ from fedtune.studies.evidence import Evidence
 MOST = 3  # measures of an audit in a comparison; a cell's audit.json has all
 NOTE = (
     "Audits: the leading measures of each audit of every finished cell, mean over seeds with "
-    "Student's t interval (of one seed the audit's own interval); seeds whose audit was invalid or "
-    "not applicable are left out of the mean and counted in the verdicts. A cell's audit.json has "
-    "every measure, with adversary and validity."
+    "Student's t interval (of one seed the audit's own interval). An audit that was invalid could "
+    "not have succeeded, or misleads: its numbers count, and the verdicts and open marks say so. A "
+    "cell's audit.json has every measure, with adversary and validity."
 )
 
 
@@ -43,10 +43,9 @@ def _of(name: str, findings: Mapping[int, Finding]) -> list[Audit]:
     values: dict[str, dict[int, Measure]] = {}
     reason = ""
     for seed, finding in findings.items():
-        measures = leading(finding) if finding.verdict not in (INVALID, INAPPLICABLE) else ()
-        if not measures:
+        if not finding.measures:
             reason = reason or finding.reason
-        for measure in measures:
+        for measure in leading(finding):
             values.setdefault(measure.title, {})[seed] = measure
     if not values:
         return [Audit(name, "", [], [], None, None, None, verdicts, reason)]

@@ -1,18 +1,32 @@
 """The plots of a study that varies epsilon: what a promise costs in quality, and what leaks."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TypeAlias
+from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
+from fedtune.audits.finding import INVALID
 from fedtune.pages import blank, plain, words
-from fedtune.studies.comparison import PROTOCOLS, Arm, Comparison, Condition
+from fedtune.studies.comparison import PROTOCOLS, Arm, Comparison, Condition, Interval
 from fedtune.studies.marks import LEGEND, Look, Plan
 from fedtune.studies.study import EPSILON, UNPROMISED
 from fedtune.studies.verdict import MODELS
 
-Value: TypeAlias = tuple[float, float, float]  # mean, and the ends of its interval
 STEP = 0.04  # between arms at one epsilon, so that their intervals do not hide each other
+
+
+@dataclass(frozen=True)
+class Value:
+    """A mean, the ends of its interval, and whether all that it is made of was valid."""
+
+    mean: float
+    low: float
+    high: float
+    valid: bool = True
+
+
+def _value(mean: float, ends: Interval | None, *, valid: bool = True) -> Value:
+    return Value(mean, ends.low, ends.high, valid) if ends else Value(mean, mean, mean, valid)
 
 
 def plans(comparison: Comparison, look: Mapping[str, Look]) -> list[Plan]:
@@ -52,10 +66,7 @@ def _families(conditions: Iterable[Condition]) -> list[tuple[str, list[Condition
 def _quality(metric: str, protocol: str) -> Callable[[Arm], Value | None]:
     def value(arm: Arm) -> Value | None:
         score = arm.score(protocol, metric)
-        ends = score and (score.interval or score.bootstrap)
-        if score is None:
-            return None
-        return (score.mean, ends.low, ends.high) if ends else (score.mean, score.mean, score.mean)
+        return _value(score.mean, score.interval or score.bootstrap) if score else None
 
     return value
 
@@ -66,8 +77,7 @@ def _leak(name: str, measure: str) -> Callable[[Arm], Value | None]:
         audit = next(found, None)
         if audit is None or audit.mean is None:
             return None
-        ends = audit.interval
-        return (audit.mean, ends.low, ends.high) if ends else (audit.mean, audit.mean, audit.mean)
+        return _value(audit.mean, audit.interval, valid=INVALID not in audit.verdicts)
 
     return value
 
@@ -102,12 +112,12 @@ def _lines(
         shift = STEP * (number - (len(paths) - 1) / 2)
         figure.add_scatter(
             x=[place + shift for place, _ in points],
-            y=[mean for _, (mean, _, _) in points],
+            y=[found.mean for _, found in points],
             error_y={
                 "type": "data",
                 "symmetric": False,
-                "array": [high - mean for _, (mean, _, high) in points],
-                "arrayminus": [mean - low for _, (mean, low, _) in points],
+                "array": [found.high - found.mean for _, found in points],
+                "arrayminus": [found.mean - found.low for _, found in points],
                 "color": style.colour,
                 "thickness": 1.6,
                 "width": 5,
@@ -115,7 +125,8 @@ def _lines(
             mode="lines+markers",
             name=plain(arm),
             line={"color": style.colour, "dash": style.dash, "width": 2},
-            marker=style.marker(9),
+            marker=style.marker(9)
+            | {"symbol": [style.symbol + ("" if f.valid else "-open") for _, f in points]},
             hovertemplate="%{fullData.name}<br>%{y:.4f}<extra></extra>",
         )
     texts = [f"{c.changes[EPSILON]:g}" if c.changes[EPSILON] else "none" for c in conditions]
@@ -149,12 +160,12 @@ def _add_allowed(
     def allowed(arm: Arm) -> Value | None:
         found = (a.allowed for a in arm.audits if (a.audit, a.measure) == (audit, measure))
         limit = next(found, None)
-        return None if limit is None else (limit, limit, limit)
+        return None if limit is None else _value(limit, None)
 
     for arm, points in _paths(conditions, allowed).items():
         figure.add_scatter(
             x=[place for place, _ in points],
-            y=[limit for _, (limit, _, _) in points],
+            y=[limit.mean for _, limit in points],
             mode="lines",
             name=f"{plain(arm)}, allowed",
             line={"color": look[arm].colour, "dash": "dot", "width": 1.2},

@@ -90,7 +90,7 @@ shards, from the same start, with the same cohorts and batches for a seed.</p>
 <section aria-labelledby="promises">
 <h2 id="promises">Quality and leakage against epsilon</h2>
 <p class="note">Mean over seeds with 95 % intervals; "none" is training without any promise. Dotted:
-the most that a claim allows.</p>
+the most that a claim allows. Open marks: an audit of some seed was invalid.</p>
 {{ drawn(promises) }}
 </section>
 {% endif %}
