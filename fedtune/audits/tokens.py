@@ -149,8 +149,10 @@ def residual(states: Tensor, change: Tensor) -> Tensor:
     s, w = s[kept], vt[kept]
     seen, size = states @ w.T, states.norm(dim=1)
     whole = len(w) == states.shape[1]
-    rest = size - (seen * (s / s[0])).norm(dim=1) if whole else (states - seen @ w).norm(dim=1)
-    return rest / size
+    rest: Tensor = (
+        size - (seen * (s / s[0])).norm(dim=1) if whole else (states - seen @ w).norm(dim=1)
+    )
+    return rest.div(size)
 
 
 def matched(played: Played, seed: int) -> list[tuple[int, int]]:
