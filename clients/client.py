@@ -330,8 +330,8 @@ def institution(
         )
     if experiment.data.audit_canaries:
         raise RecipeError(
-            f"data.audit_canaries = {experiment.data.audit_canaries} is for simulations; an institution puts "
-            "no made-up rows among its own. Set data.audit_canaries = 0."
+            f"data.audit_canaries = {experiment.data.audit_canaries} is for simulations; an "
+            "institution puts no made-up rows among its own. Set data.audit_canaries = 0."
         )
     name = str(node["client"])
     key = policy.identity(name)

@@ -18,9 +18,10 @@ LAYERS = [
     {"adapted", "attacks", "bases", "composition", "heads", "models", "wire", "parts"},
     {"per_example"},
     {"products", "training", "trunk", "report"},
-    {"resident", "stacked", "exporting", "planning", "progress", "tables"}
-    | {"page", "page_style", "page_template", "pages"},
-    {"vectorized", "audits"},
+    {"resident", "stacked", "exporting", "planning", "progress"},
+    {"vectorized"},
+    {"audits"},
+    {"page", "page_audits", "page_style", "page_template", "pages", "tables"},
     {"flower", "launch"},
     {"studies"},
     {"cli"},

@@ -14,9 +14,17 @@ from datasets import Dataset
 from fedtune import canaries
 from fedtune.audits import guesses, losses
 from fedtune.audits.audited import Audited, Claim
-from fedtune.audits.finding import BROKEN, HOLDS, INVALID, OPEN, Finding, Measure, Verdict
+from fedtune.audits.finding import (
+    BROKEN,
+    HOLDS,
+    INVALID,
+    OPEN,
+    Finding,
+    Measure,
+    NotApplicableError,
+    Verdict,
+)
 from fedtune.canaries import Canary
-from fedtune.errors import RecipeError
 from fedtune.report import wilson
 
 QUESTION = "Does the final model tell which made-up rows the clients trained on?"
@@ -31,17 +39,16 @@ def audit(audited: Audited) -> Finding:
     """Guess the coins of a run's canaries.
 
     Raises:
-        RecipeError: the run had too few canaries.
+        NotApplicableError: the run had too few canaries, or several are one unit.
         LedgerError: the ledger is damaged or contradicts itself.
     """
     e = audited.experiment
     planted = canaries.drawn(audited.shards, audited.parts.task, e.data.audit_canaries, e.seed)
     inserted = [canary.inserted for canary in planted]
     if len(planted) < 4 or not 0 < sum(inserted) < len(planted):
-        raise RecipeError(
-            f"data.audit_canaries = {len(planted)}: the run trained on too few made-up rows to guess. "
-            "Run again with data.audit_canaries=200 or more; each is a training row with probability "
-            "one half."
+        raise NotApplicableError(
+            f"The run has {len(planted)} canaries, too few to guess: run it again with "
+            "data.audit_canaries=200 or more, made-up rows that are trained on by a coin each."
         )
     _require_units(audited, planted)
     return found(scores(audited, planted), inserted, audited.claim)
@@ -66,11 +73,11 @@ def _require_units(audited: Audited, planted: Sequence[Canary]) -> None:
     """Refuse canaries that record-level privacy counts as one unit.
 
     Raises:
-        RecipeError: the unit's column holds neither text nor whole numbers.
+        NotApplicableError: the unit's column holds neither text nor whole numbers.
     """
     column = audited.experiment.privacy.unit
     if column and len({str(canary.row[column]) for canary in planted}) < len(planted):
-        raise RecipeError(
+        raise NotApplicableError(
             f"privacy.unit = '{column}' holds neither text nor whole numbers, so all canaries of a "
             "client are one unit, and guesses of single rows say nothing of the claim. Write the "
             "column as text."
@@ -100,6 +107,7 @@ def found(scores: Sequence[float], inserted: Sequence[bool], claim: Claim | None
                 bound,
                 bound,
                 method=f"Steinke et al. 2023 at delta = {delta:.2g}, one-sided",
+                allowed=epsilon if claim else None,
             ),
             Measure("share of guesses that are right", right / count, *hits, method="Wilson"),
             Measure("exposure, median, bits", middle, low, high, method="order statistics"),

@@ -18,9 +18,17 @@ from scipy.stats import beta
 
 from fedtune.audits import losses
 from fedtune.audits.audited import Audited
-from fedtune.audits.finding import BROKEN, HOLDS, INVALID, OPEN, Finding, Measure, Verdict
+from fedtune.audits.finding import (
+    BROKEN,
+    HOLDS,
+    INVALID,
+    OPEN,
+    Finding,
+    Measure,
+    NotApplicableError,
+    Verdict,
+)
 from fedtune.dealing import permutation
-from fedtune.errors import RecipeError
 from fedtune.models import Model
 from fedtune.tasks.next_token import likelihoods
 from fedtune.tasks.task import Example, mask_of, pad_right
@@ -61,17 +69,17 @@ def audit(audited: Audited) -> Finding:
     """Ask for training rows, with the tuned model and without what it was taught.
 
     Raises:
-        RecipeError: the task writes no text, or no row is long enough.
+        NotApplicableError: the task writes no text, or no row is long enough.
         LedgerError: the ledger is damaged or contradicts itself.
     """
     if audited.parts.task.label_column:
-        raise RecipeError(
+        raise NotApplicableError(
             f"task = '{audited.experiment.task}' chooses labels and writes no text, so nothing can "
             "be recited. Audit its membership instead."
         )
     train = probes(audited, [shard.train for shard in audited.shards])
     if not train:
-        raise RecipeError(
+        raise NotApplicableError(
             f"No training row leaves {LEAST} tokens to recite after its beginning. Audit its "
             "membership instead."
         )

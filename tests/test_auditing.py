@@ -1,0 +1,106 @@
+"""Audits as a command: what is asked, what is kept, what a person reads."""
+
+import io
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from fedtune import page_audits, tables
+from fedtune.audits import auditing, kept
+from fedtune.audits.finding import BROKEN, HOLDS, INAPPLICABLE, Finding, Measure
+from fedtune.errors import RecipeError, RunError
+from fedtune.pages import rendered
+
+FOUND = Finding(
+    audit="mechanism",
+    question="Does one client show?",
+    adversary="who sees every model",
+    measures=(
+        Measure("epsilon, at least", 0.62, 0.62, None, "Clopper-Pearson", "add", 1.99),
+        Measure("AUC", 0.5, 0.45, 0.55, "bootstrap", "bank <b>"),
+        Measure("rows", 12),
+    ),
+    claim="epsilon 1.99",
+    verdict=HOLDS,
+    reason="it is below",
+    validity="a mutant is flagged",
+)
+finite = st.floats(allow_nan=False, allow_infinity=False)
+measures = st.builds(
+    Measure,
+    st.text(max_size=9),
+    finite,
+    st.none() | finite,
+    st.none() | finite,
+    st.text(max_size=9),
+    st.text(max_size=9),
+    st.none() | finite,
+)
+
+
+@given(st.lists(measures, max_size=4), st.text(max_size=20))
+def test_a_finding_survives_json(found: list[Measure], text: str) -> None:
+    finding = replace(FOUND, measures=tuple(found), reason=text)
+    assert Finding.from_json(json.loads(json.dumps(finding.to_json()))) == finding
+
+
+def test_findings_are_kept_in_order_beside_those_not_asked_again(tmp_path: Path) -> None:
+    assert kept.read(tmp_path) == {}
+    tokens = replace(FOUND, audit="tokens")
+    kept.write(tmp_path, {"tokens": tokens})
+    kept.write(tmp_path, {**kept.read(tmp_path), "mechanism": FOUND})
+    newer = replace(FOUND, verdict=BROKEN)
+    kept.write(tmp_path, {**kept.read(tmp_path), "mechanism": newer})
+    assert list(kept.read(tmp_path).items()) == [("mechanism", newer), ("tokens", tokens)]
+    assert [path.name for path in tmp_path.iterdir()] == [kept.FILE]
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 0}', '{"schema": 1, "findings": [1]}'])
+def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / kept.FILE).write_text(text, encoding="utf-8")
+    with pytest.raises(RunError, match=r"audit\.json is damaged: .* Delete it"):
+        kept.read(tmp_path)
+
+
+def test_an_unknown_audit_is_refused() -> None:
+    with pytest.raises(RecipeError, match="no audit 'mechanics'"):
+        auditing.chosen("mechanics")
+    assert auditing.chosen("") == auditing.AUDITS
+
+
+def test_a_terminal_shows_the_numbers_and_the_words() -> None:
+    refused = Finding("extraction", "", "", (), "none", INAPPLICABLE, "a classifier", "")
+    console = Console(file=io.StringIO(), width=80)
+    for table in tables.of_audits([FOUND, refused], most=2):
+        console.print(table)
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "0.62 [0.62, -]" in text
+    assert "0.5 [0.45, 0.55]" in text
+    assert "1 more in audit.json" in text
+    assert "bank <b>" in text
+    assert "extraction: not applicable" in text
+    assert "a classifier" in text
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_a_page_sets_measures_beside_the_claim() -> None:
+    shown = page_audits.of([FOUND])
+    (figure,) = shown["audit_figures"]["mechanism"]
+    dots, limits = json.loads(figure.json)["data"]
+    assert dots["x"] == [0.62, 0.5, 12]
+    assert dots["error_x"]["array"] == [0, pytest.approx(0.05), 0]
+    assert dots["error_x"]["arrayminus"] == [0, pytest.approx(0.05), 0]
+    assert (limits["x"], limits["y"]) == ([1.99], ["epsilon, at least (add)"])
+    assert all("<b>" not in name for name in dots["y"])  # plotly would read it as a tag
+    html = rendered("{% for a, rows in audits %}{{ rows }}{% endfor %}", **shown)
+    assert "<b>" not in html
+
+
+def test_not_a_number_does_not_break_a_table() -> None:
+    assert tables.number(Measure("x", math.inf)) == "inf"
