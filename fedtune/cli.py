@@ -274,9 +274,9 @@ def audit(
 
     Exit code 1: a claim is broken.
     """
-    from fedtune import page, tables
+    from fedtune import page
     from fedtune import report as reports
-    from fedtune.audits import auditing, kept
+    from fedtune.audits import auditing, kept, shown
     from fedtune.audits.audited import open_run
     from fedtune.audits.finding import BROKEN
 
@@ -291,7 +291,7 @@ def audit(
     if as_json:
         _print_json([finding.to_json() for finding in found])
     else:
-        for table in tables.of_audits(found):
+        for table in shown.tables(found):
             out.print(table)
         out.print(f"\nWrote {folder / kept.FILE} and {folder / 'report.html'}", soft_wrap=True)
     broken = [finding.audit for finding in found if finding.verdict == BROKEN]

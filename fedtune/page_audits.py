@@ -6,8 +6,8 @@ from typing import Any
 import plotly.graph_objects as go
 
 from fedtune.audits.finding import Finding, Measure
+from fedtune.audits.shown import number
 from fedtune.pages import COLOURS, Drawn, blank, plain
-from fedtune.tables import number
 
 MOST = 40  # measures of an audit in a plot; the first are the most telling
 TALL = 26  # pixels a measure

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from fedtune import page_audits, tables
-from fedtune.audits import auditing, kept
+from fedtune import page_audits
+from fedtune.audits import auditing, kept, shown
 from fedtune.audits.finding import BROKEN, HOLDS, INAPPLICABLE, Finding, Measure
 from fedtune.errors import RecipeError, RunError
 from fedtune.pages import rendered
@@ -53,15 +53,18 @@ def test_a_finding_survives_json(found: list[Measure], text: str) -> None:
 def test_findings_are_kept_in_order_beside_those_not_asked_again(tmp_path: Path) -> None:
     assert kept.read(tmp_path) == {}
     tokens = replace(FOUND, audit="tokens")
-    kept.write(tmp_path, {"tokens": tokens})
-    kept.write(tmp_path, {**kept.read(tmp_path), "mechanism": FOUND})
     newer = replace(FOUND, verdict=BROKEN)
-    kept.write(tmp_path, {**kept.read(tmp_path), "mechanism": newer})
+    for finding in (tokens, FOUND, newer):
+        kept.add(tmp_path, finding)
     assert list(kept.read(tmp_path).items()) == [("mechanism", newer), ("tokens", tokens)]
     assert [path.name for path in tmp_path.iterdir()] == [kept.FILE]
+    assert kept.missing(tmp_path, ["membership", "tokens"]) == ["membership"]
+    text = (tmp_path / kept.FILE).read_text()
+    (tmp_path / kept.FILE).write_text(text.replace(kept.code(), "of other sources"))
+    assert kept.missing(tmp_path, ["mechanism", "tokens"]) == ["mechanism", "tokens"]
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 0}', '{"schema": 1, "findings": [1]}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"schema": 0}', '{"schema": 1, "audits": [1]}'])
 def test_a_damaged_file_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / kept.FILE).write_text(text, encoding="utf-8")
     with pytest.raises(RunError, match=r"audit\.json is damaged: .* Delete it"):
@@ -77,7 +80,7 @@ def test_an_unknown_audit_is_refused() -> None:
 def test_a_terminal_shows_the_numbers_and_the_words() -> None:
     refused = Finding("extraction", "", "", (), "none", INAPPLICABLE, "a classifier", "")
     console = Console(file=io.StringIO(), width=80)
-    for table in tables.of_audits([FOUND, refused], most=2):
+    for table in shown.tables([FOUND, refused], most=2):
         console.print(table)
     text = console.file.getvalue()  # type: ignore[attr-defined]
     assert "0.62 [0.62, -]" in text
@@ -90,17 +93,17 @@ def test_a_terminal_shows_the_numbers_and_the_words() -> None:
 
 
 def test_a_page_sets_measures_beside_the_claim() -> None:
-    shown = page_audits.of([FOUND])
-    (figure,) = shown["audit_figures"]["mechanism"]
+    values = page_audits.of([FOUND])
+    (figure,) = values["audit_figures"]["mechanism"]
     dots, limits = json.loads(figure.json)["data"]
     assert dots["x"] == [0.62, 0.5, 12]
     assert dots["error_x"]["array"] == [0, pytest.approx(0.05), 0]
     assert dots["error_x"]["arrayminus"] == [0, pytest.approx(0.05), 0]
     assert (limits["x"], limits["y"]) == ([1.99], ["epsilon, at least (add)"])
     assert all("<b>" not in name for name in dots["y"])  # plotly would read it as a tag
-    html = rendered("{% for a, rows in audits %}{{ rows }}{% endfor %}", **shown)
+    html = rendered("{% for a, rows in audits %}{{ rows }}{% endfor %}", **values)
     assert "<b>" not in html
 
 
 def test_not_a_number_does_not_break_a_table() -> None:
-    assert tables.number(Measure("x", math.inf)) == "inf"
+    assert shown.number(Measure("x", math.inf)) == "inf"

@@ -41,5 +41,5 @@ def audit(audited: Audited, names: Sequence[str]) -> Iterator[Finding]:
             found: Finding = function(audited)
         except NotApplicableError as reason:
             found = Finding(name, "", "", (), "none", INAPPLICABLE, str(reason), "")
-        kept.write(folder, {**kept.read(folder), name: found})
+        kept.add(folder, found)
         yield found

@@ -1,7 +1,11 @@
 """What the audits of a run found, kept in its folder: one file, each audit's newest finding."""
 
+import functools
+import hashlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from fedtune.audits.finding import Finding
 from fedtune.errors import RunError
@@ -17,6 +21,38 @@ def read(folder: Path) -> dict[str, Finding]:
     Raises:
         RunError: the file is damaged, or of another version.
     """
+    return {
+        name: Finding.from_json(entry["finding"])
+        for name, entry in sorted(_entries(folder).items(), key=lambda item: _place(item[0]))
+    }
+
+
+def missing(folder: Path, names: Iterable[str]) -> list[str]:
+    """The audits of `names` that this version of them has not yet made of the run."""
+    entries = _entries(folder)
+    return [name for name in names if entries.get(name, {}).get("code") != code()]
+
+
+def add(folder: Path, finding: Finding) -> None:
+    """Keep a finding beside the others, in one step: a reader sees the old file or the new."""
+    entries = {**_entries(folder), finding.audit: {"code": code(), "finding": finding.to_json()}}
+    ordered = {name: entries[name] for name in sorted(entries, key=_place)}
+    text = json.dumps({"schema": SCHEMA, "audits": ordered}, indent=1, ensure_ascii=False)
+    fresh = folder / f"{FILE}.tmp"
+    fresh.write_text(text + "\n", encoding="utf-8")
+    fresh.replace(folder / FILE)
+
+
+@functools.cache
+def code() -> str:
+    """A digest of the audits' own sources."""
+    sha = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sha.update(path.name.encode() + b"\0" + path.read_bytes())
+    return sha.hexdigest()[:20]
+
+
+def _entries(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / FILE
     if not path.exists():
         return {}
@@ -24,21 +60,13 @@ def read(folder: Path) -> dict[str, Finding]:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["schema"] != SCHEMA:
             raise ValueError(f"its schema is {kept['schema']}, expected {SCHEMA}")
-        found = {name: Finding.from_json(value) for name, value in kept["findings"].items()}
+        for entry in kept["audits"].values():
+            Finding.from_json(entry["finding"])
+        return dict(kept["audits"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunError(
             f"{path} is damaged: {error}. Delete it; `fedtune audit {folder}` writes it again."
         ) from error
-    return {name: found[name] for name in sorted(found, key=_place)}
-
-
-def write(folder: Path, findings: dict[str, Finding]) -> None:
-    """Keep the findings in the run's folder, in one step: a reader sees the old or the new."""
-    kept = {name: findings[name].to_json() for name in sorted(findings, key=_place)}
-    text = json.dumps({"schema": SCHEMA, "findings": kept}, indent=1, ensure_ascii=False)
-    fresh = folder / f"{FILE}.tmp"
-    fresh.write_text(text + "\n", encoding="utf-8")
-    fresh.replace(folder / FILE)
 
 
 def _place(name: str) -> tuple[int, str]:
