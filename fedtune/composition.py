@@ -215,7 +215,7 @@ def _audit(e: Experiment, parts: Parts) -> Iterator[str]:
     if e.data.audit_canaries and parts.attack.count:
         yield (
             f"data.audit_canaries = {e.data.audit_canaries} does not go with attack = "
-            f"'{e.attack}': what a malicious client does to its canaries says nothing of the honest "
+            f"'{e.attack}': what malicious clients do to their canaries says nothing of honest "
             "ones. Set data.audit_canaries = 0, or attack = 'none'."
         )
 

@@ -39,9 +39,11 @@ def audit(audited: Audited) -> Finding:
     """Guess the coins of a run's canaries.
 
     Raises:
-        NotApplicableError: the run had too few canaries, or several are one unit.
+        NotApplicableError: the run had too few canaries, or no common model; or several
+            canaries are one unit.
         LedgerError: the ledger is damaged or contradicts itself.
     """
+    losses.require_common(audited)
     e = audited.experiment
     planted = canaries.drawn(audited.shards, audited.parts.task, e.data.audit_canaries, e.seed)
     inserted = [canary.inserted for canary in planted]

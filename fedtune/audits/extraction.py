@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from datasets import Dataset, concatenate_datasets
+from datasets import Dataset
 from scipy.stats import beta
 
+from fedtune import shards
 from fedtune.audits import losses
 from fedtune.audits.audited import Audited
 from fedtune.audits.finding import (
@@ -69,7 +70,8 @@ def audit(audited: Audited) -> Finding:
     """Ask for training rows, with the tuned model and without what it was taught.
 
     Raises:
-        NotApplicableError: the task writes no text, or no row is long enough.
+        NotApplicableError: the task writes no text, no row is long enough, or there is no common
+            model.
         LedgerError: the ledger is damaged or contradicts itself.
     """
     if audited.parts.task.label_column:
@@ -77,13 +79,15 @@ def audit(audited: Audited) -> Finding:
             f"task = '{audited.experiment.task}' chooses labels and writes no text, so nothing can "
             "be recited. Audit its membership instead."
         )
-    train = probes(audited, [shard.train for shard in audited.shards])
+    losses.require_common(audited)
+    everything = shards.pooled(audited.shards)
+    train = probes(audited, everything.train)
     if not train:
         raise NotApplicableError(
             f"No training row leaves {LEAST} tokens to recite after its beginning. Audit its "
             "membership instead."
         )
-    tests = probes(audited, [shard.test for shard in audited.shards])
+    tests = probes(audited, everything.test)
     batch = audited.experiment.evaluation.batch_size
     tuned, unseen = (recited(audited.model, own, batch) for own in (train, tests))
     with losses.untuned(audited.model):
@@ -107,11 +111,11 @@ def audit(audited: Audited) -> Finding:
     )
 
 
-def probes(audited: Audited, parts: Sequence[Dataset]) -> list[Probe]:
+def probes(audited: Audited, rows: Dataset) -> list[Probe]:
     """At most `ROWS` rows, drawn from all, that are long enough to be asked for."""
-    rows = concatenate_datasets([own for own in parts if len(own)]) if any(map(len, parts)) else []
     order = permutation(len(rows), audited.experiment.seed, "extraction")
-    task, model, found = audited.parts.task, audited.model, list[Probe]()
+    task, model = audited.parts.task, audited.model
+    found: list[Probe] = []
     for start in range(0, len(order), ROWS):
         some = rows.select(order[start : start + ROWS])
         limit = audited.experiment.model.max_length

@@ -7,8 +7,24 @@ import torch
 from datasets import Dataset
 from numpy.typing import NDArray
 
+from fedtune.audits.audited import Audited
+from fedtune.audits.finding import NotApplicableError
 from fedtune.models import Model
 from fedtune.tasks.task import Task
+
+
+def require_common(audited: Audited) -> None:
+    """Refuse a run whose one adapter nobody has trained.
+
+    Raises:
+        NotApplicableError: its clients share nothing.
+    """
+    strategy = audited.parts.strategy
+    if not (strategy.joins or strategy.pools):
+        raise NotApplicableError(
+            f"strategy = '{audited.experiment.strategy}' trains no common model, so nobody outside "
+            "a client has one to attack."
+        )
 
 
 def untuned(model: Model) -> contextlib.AbstractContextManager[None]:
