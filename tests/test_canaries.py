@@ -1,12 +1,16 @@
 """Canaries: where a coin puts them, and what an audit finds of them in real runs."""
 
 import math
+import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import WORDS, make_tokenizer, write_jsonl
 from datasets import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from clients.app import app as client_app
 from clients.client import institution, simulated
@@ -14,7 +18,7 @@ from clients.cohort import CohortGrid
 from fedtune import canaries, parts, planning, report, shards
 from fedtune.audits import canaries as audits
 from fedtune.audits.audited import Audited, Claim, open_run
-from fedtune.audits.finding import BROKEN, HOLDS, INVALID, OPEN, NotApplicableError
+from fedtune.audits.finding import BROKEN, HOLDS, INVALID, OPEN, Finding, NotApplicableError
 from fedtune.canaries import Canary
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
@@ -148,58 +152,76 @@ def test_canaries_go_with_honest_simulations_only(tiny: Experiment, three_client
 
 
 @pytest.fixture
-def overfitted(tiny: Experiment) -> Experiment:
-    """Every row is learnt by heart."""
+def language(tiny: Experiment, tiny_llama: Path, tmp_path: Path) -> Experiment:
+    """Sixteen texts of many words and forty canaries, for a language model."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices(WORDS, k=12)) for _ in range(16)]
+    rows = [{"text": text, "client": "north"} for text in texts]
+    train = write_jsonl(tmp_path / "train.jsonl", rows)
     return tiny.replace(
-        data__audit_canaries=60,
-        rounds=4,
-        adapter__rank=8,
-        train__epochs=25,
-        train__learning_rate=0.02,
-        train__batch_size=16,
+        task="causal_lm",
+        model__name=str(tiny_llama),
+        data__source=f"jsonl(train='{train}')",
+        data__audit_canaries=40,
     )
 
 
-def values(finding: audits.Finding) -> dict[str, float]:
+@pytest.fixture
+def wide_llama(tiny_llama: Path, tmp_path: Path) -> Path:
+    """A random Llama with room for what it is to learn by heart."""
+    folder = tmp_path / "wide-llama"
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig.from_pretrained(tiny_llama, hidden_size=128, intermediate_size=96)
+        config.head_dim = 64
+        LlamaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer(folder, bert=False)
+    return folder
+
+
+def values(finding: Finding) -> dict[str, float]:
     return {measure.name: measure.value for measure in finding.measures}
 
 
-def test_an_overfitted_model_tells_its_canaries(overfitted: Experiment) -> None:
-    found = audits.audit(play(overfitted))
+def test_a_model_that_learnt_its_rows_by_heart_tells_its_canaries(
+    language: Experiment, wide_llama: Path
+) -> None:
+    """Twenty guesses, of which all right would show 1.82."""
+    opened = play(
+        language.replace(
+            model__name=str(wide_llama),
+            rounds=2,
+            adapter__rank=16,
+            adapter__alpha=32.0,
+            train__steps=40,
+            train__batch_size=64,
+        )
+    )
+    found = audits.audit(opened)
     assert found.verdict == OPEN
-    assert values(found)["epsilon, lower bound"] > 0.5
-    assert values(found)["exposure, median, bits"] > 1.5
+    assert values(found)["epsilon, lower bound"] > 1.0
+    assert values(found)["exposure, median, bits"] > 3.0
+    # The base is what it was: the same again.
+    assert audits.audit(opened) == found
 
 
-def test_a_model_that_was_not_tuned_does_not(overfitted: Experiment) -> None:
-    """Tuned by a hair only, so that no score is equal to another."""
-    idle = overfitted.replace(rounds=1, train__epochs=1, train__learning_rate=1e-7)
-    found = audits.audit(play(idle))
+def test_a_model_that_was_not_tuned_tells_nothing(language: Experiment) -> None:
+    """Tuned by a hair only, so that scores are not all equal."""
+    found = audits.audit(play(language.replace(rounds=1, train__learning_rate=1e-7)))
     assert values(found)["epsilon, lower bound"] == 0.0
     median = found.measures[2]
     assert median.low is not None
     assert median.low <= 1.0 <= (median.high or 0.0)
 
 
-def test_a_language_models_canaries_are_found_by_what_tuning_took_from_their_loss(
-    overfitted: Experiment, tiny_llama: Path
-) -> None:
-    e = overfitted.replace(task="causal_lm", model__name=str(tiny_llama), train__epochs=40)
-    opened = play(e)
-    drawn = canaries.drawn(opened.shards, opened.parts.task, 60, e.seed)
-    before = opened.model.module.training
-    first = audits.scores(opened, drawn)
-    assert first == audits.scores(opened, drawn)
-    found = audits.audit(opened)
-    assert values(found)["epsilon, lower bound"] > 0.5
-    assert min(s for s, c in zip(first, drawn, strict=True) if c.inserted) > 0
-    assert opened.model.module.training in (before, False)
-
-
-def test_a_private_run_keeps_what_its_ledger_promises(overfitted: Experiment) -> None:
+def test_a_private_run_keeps_what_its_ledger_promises(tiny: Experiment) -> None:
     """Sixty canaries, thirty guesses: all right they would refute 1, and they do not."""
-    private = overfitted.replace(
-        privacy__mode="record", privacy__epsilon=1.0, train__epochs=2, train__max_grad_norm=0.0
+    private = tiny.replace(
+        data__audit_canaries=60,
+        rounds=1,
+        privacy__mode="record",
+        privacy__epsilon=1.0,
+        train__max_grad_norm=0.0,
     )
     found = audits.audit(play(private))
     assert found.verdict == HOLDS, found.reason

@@ -171,7 +171,7 @@ def _right(model: Model, probes: Sequence[Probe]) -> list[int]:
     with torch.no_grad(), model.autocast():
         wanted = batch["input_ids"][rows, targets]
         _, right = likelihoods(model.module, batch, rows, targets - 1, wanted)
-    found = right.split([len(probe.tokens) - probe.start for probe in probes])
+    found = torch.split(right, [len(probe.tokens) - probe.start for probe in probes])
     return [int(own.int().cumprod(0).sum()) for own in found]
 
 

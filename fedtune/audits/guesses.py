@@ -25,7 +25,7 @@ from scipy.stats import binom
 
 LEVEL = 0.05
 LARGEST = 64.0  # an epsilon beyond any that guesses can show
-MOST = 2**22  # rows beyond which nobody asks for more
+MOST = 2**18  # rows beyond which nobody asks for more
 
 
 def p_value(rows: int, guesses: int, right: int, epsilon: float, delta: float) -> float:
@@ -54,7 +54,7 @@ def lower_bound(rows: int, guesses: int, right: int, delta: float, level: float 
     if p_value(rows, guesses, right, 0.0, delta) > level:
         return 0.0
     low, high = 0.0, LARGEST
-    while high - low > 1e-9:
+    while high - low > 1e-7:
         middle = (low + high) / 2
         if p_value(rows, guesses, right, middle, delta) > level:
             high = middle
