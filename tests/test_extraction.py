@@ -34,18 +34,18 @@ def texts(count: int, client: str, seed: int = 0) -> list[dict[str, str]]:
 
 @pytest.fixture
 def heart(tiny: Experiment, wide_llama: Path, tmp_path: Path) -> Experiment:
-    """Two clients with two texts each, which a Llama with room for them learns by heart."""
-    train = write_jsonl(tmp_path / "train.jsonl", [*texts(2, "north"), *texts(2, "south")])
-    test = write_jsonl(tmp_path / "test.jsonl", [*texts(9, "north", 1), *texts(9, "south", 1)])
+    """Three texts, which a Llama with room for them learns by heart."""
+    train = write_jsonl(tmp_path / "train.jsonl", texts(3, "north"))
+    test = write_jsonl(tmp_path / "test.jsonl", texts(18, "north", 1))
     return tiny.replace(
         task="causal_lm",
         model__name=str(wide_llama),
         data__source=f"jsonl(train='{train}', test='{test}')",
-        rounds=2,
+        rounds=1,
         adapter__rank=16,
         adapter__alpha=32.0,
-        train__steps=40,
-        train__batch_size=2,
+        train__steps=100,
+        train__batch_size=3,
     )
 
 
@@ -62,7 +62,7 @@ def test_a_model_that_learnt_its_rows_by_heart_recites_them(heart: Experiment) -
 
 def test_one_forward_pass_tells_what_greedy_generation_recites(heart: Experiment) -> None:
     """Of a model that has learnt its rows in part, token for token, by transformers' own loop."""
-    opened = play(heart.replace(rounds=1))
+    opened = play(heart.replace(train__steps=30))
     model = opened.model
     everything = shards.pooled(opened.shards)
     probes = [*extraction.probes(opened, everything.train)]
@@ -84,12 +84,12 @@ def test_one_forward_pass_tells_what_greedy_generation_recites(heart: Experiment
         pairs = zip(written, truth, strict=False)
         same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(written))
         assert length == same
-    assert len(probes) == 22
+    assert len(probes) == 21
     assert 0 < sum(told) < sum(len(p.tokens) - p.start for p in probes)
 
 
 def test_leaving_the_adapter_out_leaves_the_model_as_it_was(heart: Experiment) -> None:
-    opened = play(heart.replace(rounds=1, train__steps=5))
+    opened = play(heart.replace(train__steps=5))
     probes = extraction.probes(opened, shards.pooled(opened.shards).train)
     rows = opened.shards[0].train
     tuned = losses.of_rows(opened.model, opened.parts.task, rows, 128, 2)
@@ -119,9 +119,7 @@ def test_a_long_text_is_asked_for_once(heart: Experiment, tmp_path: Path) -> Non
     rows = [{"text": " ".join(row["text"] for row in texts(7, f"n{i}")), "client": "n"} for i in
             range(130)]  # fmt: skip
     train = write_jsonl(tmp_path / "long.jsonl", rows)
-    e = heart.replace(
-        data__source=f"jsonl(train='{train}')", model__max_length=50, rounds=1, train__steps=1
-    )
+    e = heart.replace(data__source=f"jsonl(train='{train}')", model__max_length=50, train__steps=1)
     opened = play(e)
     probes = extraction.probes(opened, shards.pooled(opened.shards).train)
     assert len(probes) == extraction.ROWS == 100

@@ -93,7 +93,8 @@ def found(scores: Sequence[float], inserted: Sequence[bool], claim: Claim | None
     count, right = guesses.count_right(scores, inserted)
     bound = guesses.lower_bound(rows, count, right, delta)
     reach = guesses.reach(rows, delta)
-    verdict, reason = OPEN, "nothing is promised of single rows that the bound could contradict"
+    verdict: Verdict = OPEN
+    reason = "nothing is promised of single rows that the bound could contradict"
     if claim:
         verdict, reason = _verdict(bound, reach, epsilon, delta)
     exposed = guesses.exposures(scores, inserted)

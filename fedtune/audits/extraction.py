@@ -93,7 +93,8 @@ def audit(audited: Audited) -> Finding:
     with losses.untuned(audited.model):
         base = recited(audited.model, train, batch)
     claim = audited.claim
-    verdict, reason = OPEN, "nothing is promised of what the model may recite"
+    verdict: Verdict = OPEN
+    reason = "nothing is promised of what the model may recite"
     if claim:
         verdict, reason = _verdict(tuned, base, unseen)
     return Finding(
