@@ -14,7 +14,7 @@ from clients import personal, sampled
 from clients.budget import Book
 from clients.policy import OPEN, Policy
 from clients.rows import Rows
-from fedtune import adapter, attacks, models, parts, per_example, shards, training
+from fedtune import adapter, attacks, canaries, models, parts, per_example, shards, training
 from fedtune.adapter import State
 from fedtune.attacks import Attack
 from fedtune.config import DataSettings, Experiment, ModelSettings, PrivacySettings
@@ -253,8 +253,8 @@ class Client:
 
 
 @functools.lru_cache(maxsize=1)
-def _held(data: DataSettings, seed: int) -> tuple[Shard, ...]:
-    return tuple(shards.load(data, seed))
+def _held(data: DataSettings, seed: int, task: Task) -> tuple[Shard, ...]:
+    return tuple(canaries.load(data, seed, task))
 
 
 @functools.lru_cache(maxsize=2)  # arms without anything to attack have honest rows
@@ -265,7 +265,7 @@ def _rows(
 
     The second has the test rows that show the attack's success.
     """
-    held = _held(data, seed)
+    held = _held(data, seed, task)
     if not attack.count:
         return Rows(held, task, model), None
     labels = task.labels(shards.pooled(held).train)
@@ -283,7 +283,7 @@ def simulated(experiment: Experiment) -> dict[str, Client]:
         RecipeError: the rows or their partition are not as the recipe says.
     """
     e, resolved = experiment, parts.resolve(experiment)
-    held, attack = _held(e.data, e.seed), resolved.attack
+    held, attack = _held(e.data, e.seed, resolved.task), resolved.attack
     rows, triggers = _rows(e.data, e.seed, resolved.task, e.model, attack)
     everything = shards.pooled(held)
     malicious = attack.malicious([shard.name for shard in held])
@@ -350,6 +350,11 @@ def institution(
         raise RecipeError(
             f"attack = '{experiment.attack}' is for simulations; an institution takes no part in "
             "it. Set attack = 'none'."
+        )
+    if experiment.data.audit_canaries:
+        raise RecipeError(
+            f"data.audit_canaries = {experiment.data.audit_canaries} is for simulations; an "
+            "institution puts no made-up rows among its own. Set data.audit_canaries = 0."
         )
     name = str(node["client"])
     key = policy.identity(name)

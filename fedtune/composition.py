@@ -43,7 +43,7 @@ def check(experiment: Experiment, parts: Parts) -> None:
     Raises:
         RecipeError: the first of them, naming both keys and what to do.
     """
-    for refusals in (_strategy, _combine, _attack, _task, _privacy, _secure):
+    for refusals in (_strategy, _combine, _attack, _task, _privacy, _secure, _audit):
         for reason in refusals(experiment, parts):
             raise RecipeError(reason)
     parts.strategy.check(experiment)
@@ -208,6 +208,15 @@ def _secure(e: Experiment, parts: Parts) -> Iterator[str]:
             f"{named} does not go with privacy.mode = 'client', whose noise is added to changes "
             "that the coordinator sees one by one. Set privacy.mode = 'record', or "
             "secure_aggregation = 'none'."
+        )
+
+
+def _audit(e: Experiment, parts: Parts) -> Iterator[str]:
+    if e.data.audit_canaries and parts.attack.count:
+        yield (
+            f"data.audit_canaries = {e.data.audit_canaries} does not go with attack = "
+            f"'{e.attack}': what malicious clients do to their canaries says nothing of honest "
+            "ones. Set data.audit_canaries = 0, or attack = 'none'."
         )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from fedtune import bases, models, parts, shards, training
+from fedtune import bases, canaries, models, parts, shards, training
 from fedtune.adapter import State, nbytes
 from fedtune.cache import cache_limit
 from fedtune.config import Experiment
@@ -89,7 +89,7 @@ def forecast(experiment: Experiment) -> Forecast:
         RecipeError: the recipe, its rows or its model do not fit.
     """
     e, resolved = experiment, parts.resolve(experiment)
-    held = shards.load(e.data, e.seed)
+    held = canaries.load(e.data, e.seed, resolved.task)
     everything = shards.pooled(held)
     labels = resolved.task.labels(everything.train)
     tensors, parameters, base_bytes = models.skeleton(resolved.task, e.model, e.adapter, labels)

@@ -121,6 +121,18 @@ def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def wide_llama(tiny_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama with room for rows that are to be learnt by heart."""
+    folder = tmp_path_factory.mktemp("wide-llama")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig.from_pretrained(tiny_llama, hidden_size=128, head_dim=64)
+        LlamaForCausalLM(config).save_pretrained(folder)
+    make_tokenizer(folder, bert=False)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random GPT-2 of two layers: Conv1D modules, and no EOS of its own that Llama's has not."""
     folder = tmp_path_factory.mktemp("tiny-gpt2")

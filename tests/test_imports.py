@@ -14,7 +14,7 @@ LAYERS = [
     {"dealing"},
     {"cohorts", "data", "optimizers", "partitions", "strategies", "tasks"},
     {"privacy"},
-    {"aggregation", "prefix", "shards", "tokens"},
+    {"aggregation", "canaries", "prefix", "shards", "tokens"},
     {"adapted", "attacks", "bases", "composition", "heads", "models", "wire", "parts"},
     {"per_example"},
     {"products", "training", "trunk", "report"},
