@@ -14,10 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from datasets import Dataset
-from scipy.stats import beta
 
 from fedtune import models, shards
-from fedtune.audits import losses
+from fedtune.audits import losses, ranking
 from fedtune.audits.audited import Audited
 from fedtune.audits.finding import (
     BROKEN,
@@ -61,9 +60,7 @@ class Recited:
     @property
     def interval(self) -> tuple[float, float]:
         """Clopper and Pearson's 95 % interval of the share of rows."""
-        k, n = self.whole, self.rows
-        low = float(beta.ppf(0.025, k, n - k + 1)) if k else 0.0
-        return low, float(beta.ppf(0.975, k + 1, n - k)) if k < n else 1.0
+        return ranking.exact(self.whole, self.rows)
 
 
 def audit(audited: Audited) -> Finding:

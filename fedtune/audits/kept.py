@@ -45,9 +45,10 @@ def add(folder: Path, finding: Finding) -> None:
 
 @functools.cache
 def code() -> str:
-    """A digest of the audits' own sources."""
+    """A digest of the audits' own sources, and of what plants canaries for one."""
     sha = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
+    own = Path(__file__).parent
+    for path in [*sorted(own.glob("*.py")), own.parent / "canaries.py"]:
         sha.update(path.name.encode() + b"\0" + path.read_bytes())
     return sha.hexdigest()[:20]
 
