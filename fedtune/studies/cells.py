@@ -15,7 +15,7 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, cast
 
 from fedtune import launch, parts
 from fedtune.audits import auditing, kept
@@ -231,6 +231,5 @@ def _work(pipe: Pipe) -> None:
     """A worker: runs cells until it is killed."""
     send = attend(pipe, logging.INFO)
     while True:
-        cell, audits = pipe.recv()
-        assert isinstance(cell, Experiment)
+        cell, audits = cast(tuple[Experiment, tuple[str, ...]], pipe.recv())
         send(Ended(_outcome(cell, audits)))
