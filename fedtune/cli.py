@@ -278,11 +278,11 @@ def audit(
     from fedtune import report as reports
     from fedtune.audits import auditing, kept, shown
     from fedtune.audits.audited import open_run
-    from fedtune.audits.finding import BROKEN
+    from fedtune.audits.finding import BROKEN, Finding
 
     names = auditing.chosen(only)
     audited = open_run(folder)
-    found = []
+    found: list[Finding] = []
     with err.status("") as status:
         for name in names:
             status.update(f"auditing: {name}")

@@ -270,7 +270,7 @@ MUTANTS: list[tuple[type[Central], str]] = [
     (NumExamples, EPSILON),
     (Replies, "noise with the canary over noise without"),
     (AfterOptimizer, EPSILON),
-    (Twice, EPSILON),
+    (Twice, SPREAD),
     (PerTensor, SHIFT),
     (Bypass, "released numbers that are not finite"),
     (GlobalNoise, "correlation of two keys' noise after the same global seeds"),

@@ -151,12 +151,12 @@ def test_a_study_audits_each_cell_once(tiny: Experiment) -> None:
     text = """
 [vary]
 strategy = ["ffa_lora"]
-"privacy.epsilon" = [8.0, 0.0]
+"privacy.epsilon" = [1.0, 0.0]
 [study]
 references = []
 audits = "mechanism"
 """
-    recipe = tiny.replace(rounds=1, train__steps=2, privacy__mode="record", privacy__epsilon=8.0)
+    recipe = tiny.replace(rounds=1, train__steps=2, privacy__mode="record", privacy__epsilon=1.0)
     study = study_file.load(written(recipe, text))
     assert study.audits == ("mechanism",)
     view = Watching()

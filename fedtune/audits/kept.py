@@ -3,7 +3,7 @@
 import functools
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,9 @@ def read(folder: Path) -> dict[str, Finding]:
     }
 
 
-def missing(folder: Path, names: Iterable[str]) -> list[str]:
+def missing(folder: Path, names: Sequence[str]) -> list[str]:
     """The audits of `names` that this version of them has not yet made of the run."""
-    entries = _entries(folder)
+    entries = _entries(folder) if names else {}
     return [name for name in names if entries.get(name, {}).get("code") != code()]
 
 

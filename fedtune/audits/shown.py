@@ -27,7 +27,10 @@ def tables(findings: Sequence[Finding], most: int = MOST_ROWS) -> list[Group]:
     table.add_column("measure")
     table.add_column("value [95 %]", justify="right", no_wrap=True)
     for finding in findings:
-        head = [finding.audit, Text(finding.verdict, STYLES.get(finding.verdict, ""))]
+        head: list[str | Text] = [
+            finding.audit,
+            Text(finding.verdict, STYLES.get(finding.verdict, "")),
+        ]
         for measure in finding.measures[:most]:
             table.add_row(*head, Text(measure.title), number(measure))
             head = ["", Text()]

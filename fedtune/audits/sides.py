@@ -148,7 +148,8 @@ def quiet(sides: Sides) -> Sides:
     """The same draws, had their noise been a quarter."""
 
     def less(values: Array) -> Array:
-        return values.mean(0) + (values - values.mean(0)) / QUIET
+        centre: Array = values.mean(0)
+        return centre + (values - centre) / QUIET
 
     more = {name: (less(moved), less(still)) for name, (moved, still) in sides.more.items()}
     return replace(sides, present=less(sides.present), absent=less(sides.absent), more=more)

@@ -39,7 +39,7 @@ def leading(finding: Finding) -> tuple[Measure, ...]:
 
 
 def _of(name: str, findings: Mapping[int, Finding]) -> list[Audit]:
-    verdicts = dict(Counter(finding.verdict for finding in findings.values()))
+    verdicts = dict(Counter(str(finding.verdict) for finding in findings.values()))
     values: dict[str, dict[int, Measure]] = {}
     reason = ""
     for seed, finding in findings.items():

@@ -9,13 +9,13 @@ its process along, is told with its reason while the others go on.
 import logging
 import multiprocessing
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import connection
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from types import TracebackType
-from typing import Protocol
+from typing import Protocol, cast
 
 from fedtune import launch, parts
 from fedtune.audits import auditing, kept
@@ -204,11 +204,11 @@ class _Listener(logging.Handler):
             self.view.warned(self.key, record.getMessage())
 
 
-def _complete(cell: Experiment, audits: Iterable[str]) -> bool:
+def _complete(cell: Experiment, audits: Sequence[str]) -> bool:
     return launch.complete(cell) and not kept.missing(parts.folder_of(cell), audits)
 
 
-def _outcome(cell: Experiment, audits: Iterable[str]) -> str:
+def _outcome(cell: Experiment, audits: Sequence[str]) -> str:
     """Run a cell and audit it; "" or why it failed."""
     folder = parts.folder_of(cell)
     try:
@@ -231,6 +231,5 @@ def _work(pipe: Pipe) -> None:
     """A worker: runs cells until it is killed."""
     send = attend(pipe, logging.INFO)
     while True:
-        cell, audits = pipe.recv()
-        assert isinstance(cell, Experiment)
+        cell, audits = cast(tuple[Experiment, tuple[str, ...]], pipe.recv())
         send(Ended(_outcome(cell, audits)))
