@@ -42,9 +42,9 @@ def charge(
     covered = not mechanism.budget or (solved and _covered(after, mechanism))
     if not covered and after.epsilon > mechanism.budget:
         raise BudgetError(
-            f"round {address.round} with these inputs would bring the epsilon of this client's "
-            f"records to {after.epsilon:.4g}, above privacy.epsilon = {mechanism.budget:.4g}, so "
-            "nothing was learnt from them"
+            f"round {address.round} with these inputs would bring the epsilon of this client's own "
+            f"ledger to {after.epsilon:.4g}, above privacy.epsilon = {mechanism.budget:.4g}, so "
+            "nothing was learnt from its rows"
         )
     ledger.append(CHARGE, round=address.round, clients=[name], inputs=inputs)
 

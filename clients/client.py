@@ -14,7 +14,7 @@ from clients import budget, personal, sampled
 from clients.policy import OPEN, Policy
 from clients.rows import Rows
 from fedtune import attacks, models, parts, per_example, shards, training
-from fedtune.adapter import State
+from fedtune.adapter import State, digest
 from fedtune.attacks import Attack
 from fedtune.config import DataSettings, Experiment, ModelSettings
 from fedtune.errors import RecipeError
@@ -140,12 +140,26 @@ class Client:
         rates = training.rates_of(steps, address.round, e.rounds, e.train)
         turn = replace(self._turn(address, received), rates_sum=sum(rates))
         plan = _ordered(self._with_head(turn, self.parts.strategy.plan(turn)))
+        if shared := self.shares_noise:
+            self._charge(address, received, shared)
         if promised:
             work = self._sampled(address, plan, rates, promised)
         else:
             seed = training.dropout_seed(e.seed, address.round, name)
             work = Work(batches, rates, seed)
         return Job(address, turn, plan, work)
+
+    @property
+    def shares_noise(self) -> Mechanism | None:
+        """The promise whose noise this client makes a share of, None where there is none.
+
+        The population is the client's own roster, so that it believes nobody how much noise it
+        takes.
+        """
+        e = self.experiment
+        if e.privacy.mode != mechanism.DISTRIBUTED or self.identity is None:
+            return None
+        return mechanism.client(e, self.parts.cohort, len(self.identity.manifest.keys))
 
     def _promised(self) -> Mechanism | None:
         """What the recipe promises to single records of this client, None for nothing."""
@@ -162,6 +176,12 @@ class Client:
         inputs = sampled.inputs_hash(*own)
         budget.charge(self.state, key, promised, address, inputs, solved=not settings.noise)
         return sampled.work(*own, key, inputs)
+
+    def _charge(self, address: Address, received: State, promised: Mechanism) -> None:
+        """Enter a round of which this client makes a share of the noise in its own ledger."""
+        key, solved = noise.load_key(self.state / KEY), not self.experiment.privacy.noise
+        inputs = f"{address.run}/{address.arm}/{address.round}/{digest(received)}"
+        budget.charge(self.state, key, promised, address, inputs, solved=solved)
 
     def _with_head(self, turn: Turn, plan: Plan) -> Plan:
         rule = HeadRule.of(self.parts.task, self.parts.strategy)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.privacy import ledger, spending
-from fedtune.privacy.mechanism import Mechanism
+from fedtune.privacy.mechanism import DISTRIBUTED, Mechanism
 from fedtune.privacy.verifying import Verified
 
 Certificate = dict[str, Any]
@@ -91,13 +91,25 @@ def _checklist(worst: Mechanism, verified: Verified) -> list[dict[str, str]]:
     trust = {
         "record": "distributed over the clients: each adds its own noise before anything leaves it",
         "client": "central: the coordinator sees single clients' changes and adds the noise",
+        "client-distributed": "distributed: the coordinator sees noisy sums; each client adds a "
+        "share of the noise before its change is masked",
         "local": "local: each client adds its own noise",
     }[worst.mode]
+    shared = worst.mode == DISTRIBUTED
     sampling = (
         f"{worst.sampling}, rate {worst.rate:.4g} of {worst.units} {worst.unit}s, drawn from a "
         "secret key"
         if worst.sampling != "all"
+        else "none counted: who takes part is seen, and each is charged for its own rounds"
+        if shared
         else "none: every unit is in every sum"
+    )
+    law = "Skellam, in shares that add up," if shared else "Gaussian"
+    tight = "RDP of integer orders" if shared else "privacy loss distributions; RDP beside it"
+    exact = (
+        f"integers from the first: {begin['noise']['least_steps']} steps or more in the clip"
+        if shared
+        else f"sums of 4 draws, on a grid 2^-{begin['noise']['grid_bits']} of sigma"
     )
     answers = [
         ("Epsilon and delta", "in the statement above; delta is below one over the units"),
@@ -105,12 +117,12 @@ def _checklist(worst: Mechanism, verified: Verified) -> list[dict[str, str]]:
         ("Neighbouring data sets", f"{worst.neighbouring} {worst.unit}"),
         ("Several releases", "all rounds and steps are composed, aborted ones included"),
         ("Trust model", trust),
-        ("Mechanism", "Gaussian noise on a sum of contributions clipped to one L2 norm"),
+        ("Mechanism", f"{law} noise on a sum of contributions clipped to one L2 norm"),
         ("Sensitivity", f"{worst.sensitivity:.4g}, from the clip {worst.clip:.4g}"),
         ("Sampling", sampling),
-        ("Accounting", f"{begin['accountant']['name']}, privacy loss distributions; RDP beside it"),
+        ("Accounting", f"{begin['accountant']['name']}, {tight}"),
         ("Randomness", f"{begin['noise']['generator']}, keyed by 32 secret bytes"),
-        ("Floating point", f"sums of 4 draws, on a grid 2^-{begin['noise']['grid_bits']} of sigma"),
+        ("Floating point", exact),
         ("Timing and other side channels", "not covered"),
         ("Hyper-parameter selection", "not charged"),
         ("Utility and bias", "in the report: quality of the released model, client by client"),

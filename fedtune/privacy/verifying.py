@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
-from fedtune.privacy import accounting, ledger, spending
+from fedtune.privacy import accounting, distributed, ledger, spending
 from fedtune.privacy.ledger import BEGIN, KEY, LedgerError, Line
 from fedtune.privacy.noise import KEY_BYTES, subkey
 from fedtune.privacy.spending import CHARGE, Account, Spending
@@ -90,9 +90,13 @@ def _recomputed(folder: Path, lines: Sequence[Line]) -> Spending:
         if line["kind"] == BEGIN:
             same = line["accountant"]["name"] == accounting.accountant()
             tolerance = SAME if same else OTHER
+        number = line["seq"] + 1
+        if line["kind"] == RELEASE and "shares" in line:
+            promised = next(iter(spent.mechanisms.values()))
+            if why := distributed.lacking(line, promised):
+                raise LedgerError(f"Line {number} of {folder}'s ledger tells of {why}.")
         if line["kind"] != CHARGE:
             continue
-        number = line["seq"] + 1
         name = line["worst"]
         budget = spent.mechanisms[name].budget
         if spent.mechanisms[name].sigma != line["sigma_abs"]:
