@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.privacy import ledger, spending
+from fedtune.privacy.ledger import Line
 from fedtune.privacy.mechanism import DISTRIBUTED, Mechanism
 from fedtune.privacy.verifying import Verified
 
@@ -95,22 +96,7 @@ def _checklist(worst: Mechanism, verified: Verified) -> list[dict[str, str]]:
         "share of the noise before its change is masked",
         "local": "local: each client adds its own noise",
     }[worst.mode]
-    shared = worst.mode == DISTRIBUTED
-    sampling = (
-        f"{worst.sampling}, rate {worst.rate:.4g} of {worst.units} {worst.unit}s, drawn from a "
-        "secret key"
-        if worst.sampling != "all"
-        else "none counted: who takes part is seen, and each is charged for its own rounds"
-        if shared
-        else "none: every unit is in every sum"
-    )
-    law = "Skellam, in shares that add up," if shared else "Gaussian"
-    tight = "RDP of integer orders" if shared else "privacy loss distributions; RDP beside it"
-    exact = (
-        f"integers from the first: {begin['noise']['least_steps']} steps or more in the clip"
-        if shared
-        else f"sums of 4 draws, on a grid 2^-{begin['noise']['grid_bits']} of sigma"
-    )
+    law, sampling, accounting, exact = _noise(worst, begin)
     answers = [
         ("Epsilon and delta", "in the statement above; delta is below one over the units"),
         ("Unit of privacy", f"one {worst.unit}"),
@@ -120,7 +106,7 @@ def _checklist(worst: Mechanism, verified: Verified) -> list[dict[str, str]]:
         ("Mechanism", f"{law} noise on a sum of contributions clipped to one L2 norm"),
         ("Sensitivity", f"{worst.sensitivity:.4g}, from the clip {worst.clip:.4g}"),
         ("Sampling", sampling),
-        ("Accounting", f"{begin['accountant']['name']}, {tight}"),
+        ("Accounting", f"{begin['accountant']['name']}, {accounting}"),
         ("Randomness", f"{begin['noise']['generator']}, keyed by 32 secret bytes"),
         ("Floating point", exact),
         ("Timing and other side channels", "not covered"),
@@ -130,6 +116,27 @@ def _checklist(worst: Mechanism, verified: Verified) -> list[dict[str, str]]:
         ("Security of the secret", f"{ledger.KEY}, readable by its owner only; in no checkpoint"),
     ]
     return [{"item": item, "answer": answer} for item, answer in answers]
+
+
+def _noise(worst: Mechanism, begin: Line) -> tuple[str, str, str, str]:
+    """Its law, how units are sampled, how it is accounted, and how it is kept exact."""
+    told = begin["noise"]
+    if worst.mode == DISTRIBUTED:
+        return (
+            "Skellam, in shares that add up,",
+            "none counted: who takes part is seen, and each is charged for its own rounds",
+            "Renyi divergences of integer orders",
+            f"integers from the first, {told['least_steps']} or more of which make up the clip",
+        )
+    return (
+        "Gaussian",
+        f"{worst.sampling}, rate {worst.rate:.4g} of {worst.units} {worst.unit}s, drawn from a "
+        "secret key"
+        if worst.sampling != "all"
+        else "none: every unit is in every sum",
+        "privacy loss distributions; RDP beside it",
+        f"sums of 4 draws, on a grid 2^-{told['grid_bits']} of sigma",
+    )
 
 
 def markdown(certificate: Certificate) -> str:
