@@ -91,6 +91,7 @@ class Coordinator:
                 adapted.require_untied(self._model().module, e.strategy)
             principal = self.parts.strategy.begins == "principal"
             self.initial = models.initial(self._model(), e.seed, principal=principal)
+        joining.require_room(self.parts, self.initial["adapter"], len(self.roster.members))
         if start := checkpoint.latest(self.folder / "checkpoint", e):
             self._protect()
         else:
