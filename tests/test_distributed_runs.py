@@ -20,7 +20,7 @@ from clients.cohort import CohortGrid
 from fedtune import launch, parts, planning, processes, wire
 from fedtune.config import Experiment
 from fedtune.errors import BudgetError, RecipeError, RunError
-from fedtune.privacy import accounting, certificate, ledger, protocol, spending, verifying
+from fedtune.privacy import accounting, certificate, ledger, noise, protocol, spending, verifying
 from fedtune.privacy.distributed import Shares, lacking
 from fedtune.privacy.identity import simulated
 from fedtune.privacy.ledger import KEY, Ledger, LedgerError, Line
@@ -269,6 +269,18 @@ def test_another_run_of_the_same_recipe_has_other_noise(noisy: Experiment) -> No
     apart = (flat(first, 1) - flat(second, 1)) * 4
     apart = apart[apart != 0]
     sigma = CLIP * NOISE * math.sqrt(2 * 4 / 3)
+    assert float(apart.std()) == pytest.approx(sigma, rel=5 / math.sqrt(2 * len(apart)))
+
+
+def test_noise_comes_from_each_clients_own_secret(noisy: Experiment) -> None:
+    """One client's other secret changes the sum, and by its own share alone; the seed is public."""
+    first, other = noisy.replace(rounds=1), elsewhere(noisy.replace(rounds=1), "other")
+    home = parts.folder_of(other) / "clients" / "west"
+    home.mkdir(parents=True)
+    noise.load_key(home / KEY)
+    apart = (flat(play(first), 1) - flat(play(other), 1)) * 4
+    apart = apart[apart != 0]
+    sigma = CLIP * NOISE * math.sqrt(2 / 3)
     assert float(apart.std()) == pytest.approx(sigma, rel=5 / math.sqrt(2 * len(apart)))
 
 
