@@ -1,34 +1,31 @@
-"""A frozen base model with one adapter: load it, read and write its adapter, save it.
+"""A frozen base model with one adapter: load it, read and write its adapter.
 
-Only this file, bases.py and tasks/ know transformers and PEFT. Everyone else sees a `State`: group
-"adapter" holds the LoRA tensors under PEFT's names, group "head" a classifier's. A model is loaded
-once a process and every client in it writes its own adapter into it.
+Only this file, bases.py, exporting.py and tasks/ know transformers and PEFT. Everyone else sees a
+`State`: group "adapter" holds the LoRA tensors under PEFT's names, group "head" a classifier's. A
+model is loaded once a process and every client in it writes its own adapter into it.
 """
 
 import contextlib
 import functools
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from fedtune import bases, cores, lowrank
 from fedtune.adapted import adapted, tensors_of
-from fedtune.adapter import Adapter, State, at_rank, fitted, rank_axis, rank_of
+from fedtune.adapter import Adapter, State, rank_axis
 from fedtune.config import AdapterSettings, ModelSettings
 from fedtune.seeds import seed_of
 from fedtune.tasks.classification import SentenceClassifier
 from fedtune.tasks.task import Base, Task
 
-__all__ = ["Model", "SentenceClassifier", "initial", "load", "read", "save", "skeleton", "write"]
+__all__ = ["Model", "SentenceClassifier", "initial", "load", "read", "skeleton", "write"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -342,65 +339,6 @@ def checkpointed(model: Model, wanted: bool) -> Iterator[None]:
     finally:
         if wanted:
             base.activation_checkpointing_disable()
-
-
-def save(model: Model, state: State, folder: Path) -> None:
-    """Write a PEFT folder that `PeftModel.from_pretrained(base, folder)` loads.
-
-    A group "base", the change of the frozen weights, becomes a part of the adapter, whose rank is
-    then higher: the frozen weights themselves stay the checkpoint's. So is the rank of an adapter
-    that has other ranks than the model's.
-
-    Beside PEFT's own files, `fedtune.json` holds the base's name and the labels in order, which is
-    what `fedtune.load` needs to rebuild the base.
-    """
-    before = read(model)
-    state, change = dict(state), state.get("base", {})
-    state.pop("base", None)
-    whole = state["adapter"]
-    own = {n: fitted(n, t, model.tensors["adapter"][n].shape) for n, t in whole.items()}
-    write(model, {**state, "adapter": own})
-    with bases.quiet():
-        tensors = get_peft_model_state_dict(model.module, save_embedding_layers=False)
-        model.module.save_pretrained(
-            str(folder), save_embedding_layers=False, safe_serialization=True
-        )
-    assert set(tensors) == {name for group in model.tensors.values() for name in group}
-    if change or any(own[name].shape != tensor.shape for name, tensor in whole.items()):
-        _raise_rank(folder, whole, change, model.module.peft_config["default"].r)
-    config = model.module.get_base_model().config
-    about = {
-        "base": model.module.peft_config["default"].base_model_name_or_path,
-        "pooling": getattr(config, "fedtune_pooling", ""),
-        "labels": list(model.labels),
-    }
-    Path(folder, "fedtune.json").write_text(json.dumps(about, indent=1, ensure_ascii=False) + "\n")
-    write(model, before)
-
-
-def _raise_rank(folder: Path, adapter: Adapter, base: Adapter, before: int) -> None:
-    """Write the sum of both products into a PEFT folder of rank `before`, on its scaling."""
-    raised = lowrank.added(base, adapter)
-    rank = rank_of(raised)
-    file = folder / "adapter_model.safetensors"
-    tensors = {**load_file(file), **at_rank(raised, rank)}
-    save_file({name: t.contiguous() for name, t in tensors.items()}, file, {"format": "pt"})
-    settings = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    # PEFT divides alpha by the rank, or by its root, and must arrive at the same scaling.
-    root = 0.5 if settings["use_rslora"] else 1.0
-    settings |= {"r": rank, "lora_alpha": settings["lora_alpha"] * (rank / before) ** root}
-    text = json.dumps(settings, indent=2, sort_keys=True)
-    (folder / "adapter_config.json").write_text(text, encoding="utf-8")
-
-
-def merge(model: Model, state: State, folder: Path) -> None:
-    """Write the full model with the adapter merged into its weights, and the tokenizer."""
-    write(model, state)
-    with bases.quiet():
-        merged = model.module.merge_and_unload()
-        merged.save_pretrained(folder)
-        model.tokenizer.save_pretrained(folder)
-    load.cache_clear()  # the resident model has lost its adapter
 
 
 def generate(model: Model, prompts: Sequence[Sequence[int]], limit: int) -> list[str]:

@@ -25,7 +25,7 @@ from fedtune.privacy import steps
 from fedtune.tasks.task import Example, Scores, Task
 
 log = logging.getLogger("fedtune")
-TOKENS = 4096  # a step; more than this only takes memory, see experiments/README.md
+TOKENS = 2048  # a step; more than this only takes memory, see experiments/README.md
 SHARE = 0.5  # of the machine's memory that activations may take
 
 
@@ -135,7 +135,7 @@ def together(
 ) -> int:
     """How many clients one process should train at once, the same on one machine every time.
 
-    As many as make a step of 4,096 tokens, fewer where their activations would not fit.
+    As many as make a step of 2,048 tokens, fewer where their activations would not fit.
 
     Args:
         model: the resident model.

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from flwr.app import RecordDict
 from flwr.serverapp import Grid
 
-from fedtune import adapted, adapter, aggregation, models, parts, wire
+from fedtune import adapted, adapter, aggregation, exporting, models, parts, wire
 from fedtune.adapter import Adapter, State
 from fedtune.attacks import colluded
 from fedtune.config import Experiment
@@ -412,7 +412,7 @@ class Coordinator:
                 tensors["base"] = server["base"]
             try:
                 with RESIDENT:
-                    models.save(self._model(), tensors, self.folder / "adapter")
+                    exporting.save(self._model(), tensors, self.folder / "adapter")
             except OSError as error:
                 rounds = self.experiment.rounds
                 raise checkpoint.unwritable(self.folder, error, rounds) from error

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedtune import models, training
+from fedtune import exporting, models, training
 from fedtune.adapter import Adapter, State, digest
 from fedtune.combine import Mean
 from fedtune.config import AdapterSettings, ModelSettings
@@ -257,7 +257,7 @@ def test_an_adapter_of_other_ranks_exports_as_the_model_that_was_trained(
     with torch.no_grad(), training.opened(model, plan):
         model.module.eval()
         expected = model.module(input_ids=ids).logits
-    models.save(model, {"adapter": server["adapter"]}, tmp_path / "adapter")
+    exporting.save(model, {"adapter": server["adapter"]}, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(tiny_gpt2, dtype=torch.float64)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():

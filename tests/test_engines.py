@@ -2,27 +2,20 @@
 SuperNodes that each read their own file. All three give the same adapter."""
 
 import json
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from conftest import LABELS, classification_rows, write_jsonl
 from safetensors.torch import load_file
+from superlink import superlink, supernode
 from torch.testing import assert_close
 
-from fedtune import flower, launch, parts
+from fedtune import launch, parts
 from fedtune.config import Experiment
 
 pytestmark = pytest.mark.slow
 SIZES = {"north": 24, "south": 17}
-BIN = Path(sys.executable).parent
 
 
 @pytest.fixture(scope="module")
@@ -88,88 +81,21 @@ def test_a_run_that_fails_on_ray_is_an_error_here(experiment: Experiment) -> Non
         launch.run(broken, engine="ray")
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-@contextmanager
-def process(home: Path, log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process of Flower's with its own FLWR_HOME, ended with the block."""
-    home.mkdir(exist_ok=True)
-    environment = {
-        **flower.programs(),
-        **launch.ENVIRONMENT,
-        "FLWR_HOME": str(home),
-        "OMP_NUM_THREADS": "1",
-    }
-    with log.open("wb") as output:
-        started = subprocess.Popen(
-            [str(BIN / command[0]), *command[1:]],
-            cwd=home,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            yield started
-        finally:
-            started.terminate()
-            try:
-                started.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                started.kill()
-                started.wait()
-
-
-def wait_until_healthy(port: int) -> None:
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    raise AssertionError("the SuperLink did not start")
-
-
 def test_two_supernodes_with_their_own_files_give_the_same_adapter(
     experiment: Experiment, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     launch.run(experiment)
-    port, home = free_port(), tmp_path / "cli"
-    home.mkdir()
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "loopback"\n[superlink.loopback]\naddress = "127.0.0.1:{port}"\n'
-        "insecure = true\n"
-    )
-    monkeypatch.setenv("FLWR_HOME", str(home))
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "cli"))
     elsewhere = experiment.replace(
         name="deployed", data__source="jsonl(train='read/by/nobody.jsonl')"
     )
     with ExitStack() as stack:
-        address = ["--host", "127.0.0.1", "--port", str(port)]
-        stack.enter_context(
-            process(
-                tmp_path / "server",
-                tmp_path / "superlink.log",
-                "flower-superlink",
-                "--insecure",
-                *address,
-            )
-        )
-        wait_until_healthy(port)
+        port = stack.enter_context(superlink(tmp_path))
         for name in SIZES:
-            config = (
-                f'client="{name}" shard="{shards}/{name}-train.jsonl" '
-                f'test="{shards}/{name}-test.jsonl" state="{tmp_path}/kept"'
-            )
-            own = ["--host", "127.0.0.1", "--port", str(free_port())]
-            command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}", *own]
+            own = {split: shards / f"{name}-{split}.jsonl" for split in ("train", "test")}
+            kept = tmp_path / "kept"
             stack.enter_context(
-                process(
-                    tmp_path / name, tmp_path / f"{name}.log", *command, "--node-config", config
-                )
+                supernode(tmp_path, name, port, shard=own["train"], test=own["test"], state=kept)
             )
         launch.run(elsewhere, engine="loopback")
     same(experiment, elsewhere)

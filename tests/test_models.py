@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedtune import adapted, bases, lowrank, models, training
+from fedtune import adapted, bases, exporting, lowrank, models, training
 from fedtune.adapter import digest
 from fedtune.config import AdapterSettings, ModelSettings
 from fedtune.errors import RecipeError
@@ -124,7 +124,7 @@ def test_peft_loads_a_saved_classifier_with_the_same_predictions(
     model = models.load(Classification(), settings, adapter, LABELS, 0)
     state = perturbed(models.initial(model, 0))
     before = digest(models.read(model))
-    models.save(model, state, tmp_path / "adapter")
+    exporting.save(model, state, tmp_path / "adapter")
     assert digest(models.read(model)) == before
     base = SentenceClassifier.from_pretrained(
         tiny_bert, config=AutoConfig.from_pretrained(tiny_bert, num_labels=3)
@@ -154,7 +154,7 @@ def test_a_change_of_the_frozen_weights_is_saved_as_an_adapter_of_higher_rank(
     state = perturbed(models.initial(model, 0))["adapter"]
     others = [perturbed(models.initial(model, seed))["adapter"] for seed in (1, 2)]
     change = lowrank.mean_product(others, [1, 2])
-    models.save(model, {"adapter": state, "base": change}, tmp_path / "adapter")
+    exporting.save(model, {"adapter": state, "base": change}, tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
     loaded = PeftModel.from_pretrained(base, tmp_path / "adapter").double().eval()
     assert loaded.peft_config["default"].r == 6
@@ -176,7 +176,7 @@ def test_a_merged_model_needs_no_peft(tiny_llama: Path, tmp_path: Path) -> None:
     model.module.eval()
     with torch.no_grad():
         expected = model.module(input_ids=ids).logits
-    models.merge(model, state, tmp_path / "merged")
+    exporting.save_merged(model, state, tmp_path / "merged")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     with torch.no_grad():
         torch.testing.assert_close(merged(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-5)

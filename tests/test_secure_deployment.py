@@ -1,25 +1,22 @@
 """A SuperLink and four SuperNodes on loopback, one of which is killed in the middle of a round."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import LABELS, classification_rows, write_jsonl
 from safetensors.torch import load_file
-from test_engines import BIN, free_port, process, wait_until_healthy
+from superlink import kill, superlink, supernode
 
 from clients.app import app as client_app
 from clients.cohort import CohortGrid
-from fedtune import flower, launch, parts
+from fedtune import launch, parts
 from fedtune.adapter import State
 from fedtune.config import Experiment
 from fedtune.privacy.identity import line_of, new_key
@@ -32,37 +29,6 @@ pytestmark = [
 ]
 SIZES = {"east": 11, "north": 24, "south": 17, "west": 9}
 KILLED = "west"
-
-
-@contextmanager
-def group(home: Path, log: Path, *command: str) -> Iterator["subprocess.Popen[bytes]"]:
-    """A process in a group of its own with all that it starts; the whole group is ended."""
-    home.mkdir(exist_ok=True)
-    environment = {
-        **flower.programs(),
-        **launch.ENVIRONMENT,
-        "FLWR_HOME": str(home),
-        "OMP_NUM_THREADS": "1",
-    }
-    with log.open("wb") as output:
-        started = subprocess.Popen(
-            [str(BIN / command[0]), *command[1:]],
-            cwd=home,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        try:
-            yield started
-        finally:
-            kill(started)
-
-
-def kill(started: "subprocess.Popen[bytes]") -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(started.pid, signal.SIGKILL)
-    started.wait()
 
 
 def kill_once_masking(kept: Path, started: "subprocess.Popen[bytes]") -> None:
@@ -120,35 +86,18 @@ def test_a_supernode_killed_in_the_middle_leaves_the_exact_sum_of_the_others(
         coordinator__minimum_clients=4,
         coordinator__timeout_seconds=240.0,
     )
-    port, home = free_port(), tmp_path / "cli"
-    home.mkdir()
-    (home / "config.toml").write_text(
-        f'[superlink]\ndefault = "loopback"\n[superlink.loopback]\naddress = "127.0.0.1:{port}"\n'
-        "insecure = true\n"
-    )
-    monkeypatch.setenv("FLWR_HOME", str(home))
+    monkeypatch.setenv("FLWR_HOME", str(tmp_path / "cli"))
     with ExitStack() as stack:
-        stack.enter_context(
-            process(
-                tmp_path / "server",
-                tmp_path / "superlink.log",
-                "flower-superlink",
-                "--insecure",
-                *("--host", "127.0.0.1", "--port", str(port)),
-            )
-        )
-        wait_until_healthy(port)
+        port = stack.enter_context(superlink(tmp_path))
         for name in SIZES:
-            config = (
-                f'client="{name}" shard="{tmp_path}/{name}-train.jsonl" '
-                f'test="{tmp_path}/{name}-test.jsonl" state="{tmp_path}/kept" '
-                f'identity="{tmp_path}/{name}.key" roster="{tmp_path}/roster.toml"'
-            )
-            command = ["flower-supernode", "--insecure", "--superlink", f"127.0.0.1:{port}"]
-            command += ["--host", "127.0.0.1", "--port", str(free_port())]
-            node = stack.enter_context(
-                group(tmp_path / name, tmp_path / f"{name}.log", *command, "--node-config", config)
-            )
+            config = {
+                "shard": tmp_path / f"{name}-train.jsonl",
+                "test": tmp_path / f"{name}-test.jsonl",
+                "state": tmp_path / "kept",
+                "identity": tmp_path / f"{name}.key",
+                "roster": tmp_path / "roster.toml",
+            }
+            node = stack.enter_context(supernode(tmp_path, name, port, **config))
             if name == KILLED:
                 watched = (tmp_path / "kept" / name, node)
                 threading.Thread(target=kill_once_masking, args=watched, daemon=True).start()

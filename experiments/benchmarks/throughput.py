@@ -111,7 +111,8 @@ def _job(size: Size, inputs: Path, folder: Path, cores: int) -> Job:
         max_length=size.tokens,
         learning_rate=size.learning_rate,
         top_layers=size.top_layers,
-        processes=cores,
+        # No more than clients: a process of pfl-research without a user fails.
+        processes=min(cores, size.clients),
         folder=str(folder),
         task="causal_lm" if causal else "classification",
         dtype="bfloat16" if causal else "float32",
