@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from fedtune.adapter import State
+import torch
+
+from fedtune.adapter import Adapter, State
 from fedtune.combine import Combine
-from fedtune.lowrank import added, named
+from fedtune.lowrank import Product, added, named, split, svd
 from fedtune.strategies.flora import afresh
 from fedtune.strategies.sketched import Sketched
 from fedtune.strategies.strategy import Update
@@ -25,6 +27,18 @@ class FLoRASum(Sketched):
     def aggregate(
         self, server: State, updates: Sequence[Update], combine: Combine, round: int
     ) -> State:
-        mean = named(self.mean(server, updates, combine, round), server["adapter"])
-        base = added(server.get("base", {}), mean)
-        return {**server, "adapter": afresh(server["adapter"], round), "base": base}
+        start = server["adapter"]
+        means = self.mean(server, updates, combine, round)
+        whole = {module: _without_rounding(m, start) for module, m in means.items()}
+        base = added(server.get("base", {}), named(whole, start))
+        return {**server, "adapter": afresh(start, round), "base": base}
+
+
+def _without_rounding(mean: Product, like: Adapter) -> Product:
+    """The mean without the ranks of a wide sketch that hold what the numbers sent were rounded by.
+
+    They would travel with the base, and be others on every machine.
+    """
+    u, s, vt = svd(mean)
+    rounding = len(s) * torch.finfo(next(iter(like.values())).dtype).eps * s[0]
+    return split(u, s, vt, max(1, int((s > rounding).sum())), balanced=True)
