@@ -145,6 +145,9 @@ class Client:
         rates = training.rates_of(steps, address.round, e.rounds, e.train)
         turn = replace(self._turn(address, received), rates_sum=sum(rates))
         plan = _ordered(self._with_head(turn, self.parts.strategy.plan(turn)))
+        if shared := self.shares_noise:
+            context = (address.run, address.arm, address.round, adapter.digest(received))
+            self._charge(noise.load_key(self.state / KEY), shared, address, repr(context))
         if promised:
             work = self._sampled(address, plan, rates, promised)
         else:
@@ -153,12 +156,24 @@ class Client:
         return Job(address, turn, plan, work)
 
     @property
+    def shares_noise(self) -> Mechanism | None:
+        """The promise whose noise this client makes a share of, None where there is none.
+
+        The population is the client's own roster, so that it believes nobody how much noise it
+        takes.
+        """
+        e = self.experiment
+        if e.privacy.mode != mechanism.DISTRIBUTED or self.identity is None:
+            return None
+        return mechanism.client(e, self.parts.cohort, len(self.identity.manifest.keys))
+
+    @property
     def promised(self) -> Mechanism | None:
         """What the recipe promises by noise of this client's own, None for nothing."""
         e = self.experiment
         if e.privacy.mode == "record":
             return mechanism.record(e, self.units)
-        return mechanism.local(e) if e.privacy.mode == "local" else None
+        return mechanism.local(e) if e.privacy.mode == "local" else self.shares_noise
 
     @property
     def book(self) -> Book:

@@ -14,7 +14,8 @@ from fedtune.config import Experiment
 from fedtune.errors import RecipeError
 from fedtune.privacy.mechanism import Mechanism
 
-OWN_NOISE = ("record", "local")  # modes whose noise the client adds itself, trusting nobody
+# Modes whose noise, or a share of it, the client adds itself.
+OWN_NOISE = ("record", "local", "client-distributed")
 KEYS: dict[str, type] = {
     "privacy": str,
     "unit": str,
@@ -154,9 +155,9 @@ def _no_mode(mode: str) -> str:
     if mode == "client":
         return (
             "node-config privacy = 'client' cannot be demanded: its noise is the coordinator's, "
-            "which no client can check. Demand 'record' or 'local'."
+            "which no client can check. Demand 'record', 'local' or 'client-distributed'."
         )
-    known = " and ".join(f"'{own}'" for own in OWN_NOISE)
+    known = ", ".join(f"'{own}'" for own in OWN_NOISE)
     return (
         f"node-config privacy = '{mode}' is none of {known}.{nearest(mode, OWN_NOISE)} Several "
         "have commas between them. Masked sums are demanded by naming identity and roster."

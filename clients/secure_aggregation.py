@@ -10,7 +10,7 @@ gets the very same answer, which lets a coordinator that crashed go on, and ever
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,7 +20,8 @@ from clients.client import Client
 from fedtune import adapter
 from fedtune.adapter import State
 from fedtune.errors import RecipeError, RunError
-from fedtune.privacy import protocol, ring
+from fedtune.privacy import noise, protocol, ring, skellam
+from fedtune.privacy.ledger import KEY
 from fedtune.privacy.letters import (
     Delivery,
     Entries,
@@ -35,8 +36,9 @@ from fedtune.privacy.letters import (
     read,
 )
 from fedtune.privacy.masks import Words, keystream
-from fedtune.privacy.ring import Contribution, Layout
-from fedtune.privacy.secure import Masked, config_digest
+from fedtune.privacy.ring import Contribution, Grid, Layout
+from fedtune.privacy.secure import Masked, config_digest, noised
+from fedtune.privacy.skellam import Integers
 from fedtune.privacy.stages import (
     Committed,
     Dealt,
@@ -65,12 +67,14 @@ class Desk:
         durable: whether a power cut, too, may not bring an earlier stage back; a simulation, which
             protects nobody, does not wait for the disk.
         draw: random bytes of a cryptographic generator.
+        key: the client's secret, where it adds shares of noise.
     """
 
     folder: Path
     rules: Rules
     durable: bool = True
     draw: Callable[[int], bytes] = os.urandom
+    key: bytes = field(default=b"", repr=False)
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
@@ -142,11 +146,24 @@ class Desk:
         weight = rules.settings.weight(rows, rules.weighting)
         grid = rules.settings.grid(mask.cohort, rules.weighting)
         # Keyed and not fresh: a round that is repeated from the same model rounds the same way.
-        turn = (rules.config, number(session.round), mask.head.broadcast)
-        seed = rules.identity.rounding(*turn, adapter.digest(sent).encode())
+        turn, own = (rules.config, number(session.round), mask.head.broadcast), adapter.digest(sent)
+        seed = rules.identity.rounding(*turn, own.encode())
         rounding = keystream(seed, layout.parameters)
         given = Contribution(sent, weight, metrics, tokens)
-        return mask.hide(ring.encoded(grid, layout, given, rounding, factors))
+        share = self._share(grid, layout, mask, own)
+        return mask.hide(ring.encoded(grid, layout, given, rounding, factors, share))
+
+    def _share(self, grid: Grid, layout: Layout, mask: Mask, own: str) -> Integers | None:
+        """This client's share of the round's noise, None where there is none.
+
+        Another run has other noise, so two sums of the same changes over other survivors differ by
+        more than the change of one client.
+        """
+        if not grid.noise:
+            return None
+        head, told = mask.head, grid.digest()
+        context = (head.session.run, head.session.round, head.client, head.broadcast, told, own)
+        return skellam.share(self.key, layout.parameters, grid.share, "share", *context)
 
     def signed(self, mask: Mask, words: Words) -> Signed:
         """The letter beside the masked words."""
@@ -240,5 +257,8 @@ def desk_of(client: Client, run: str) -> Desk:
             f"secure_aggregation = '{e.secure_aggregation}' sends updates one by one; there is no "
             "letter to answer."
         )
+    key = b""
+    if promised := client.shares_noise:
+        settings, key = noised(settings, promised), noise.load_key(client.state / KEY)
     rules = Rules(client.identity, run, e.rounds, config_digest(e), settings, e.weighting)
-    return Desk(client.state / "secure", rules, durable=bool(client.policy.key))
+    return Desk(client.state / "secure", rules, durable=bool(client.policy.key), key=key)

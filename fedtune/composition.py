@@ -13,7 +13,8 @@ from fedtune.combine import Combine
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
 from fedtune.optimizers import ServerOptimizer
-from fedtune.privacy.secure import Aggregation
+from fedtune.privacy.mechanism import CENTRAL, DISTRIBUTED, LOCAL
+from fedtune.privacy.secure import Aggregation, Masked
 from fedtune.strategies import STRATEGIES, Strategy
 from fedtune.tasks import Task
 
@@ -206,8 +207,13 @@ def _secure(e: Experiment, parts: Parts) -> Iterator[str]:
     if e.privacy.mode == "client":
         yield (
             f"{named} does not go with privacy.mode = 'client', whose noise is added to changes "
-            "that the coordinator sees one by one. Set privacy.mode = 'record', or "
+            "that the coordinator sees one by one. Set privacy.mode = 'client-distributed', or "
             "secure_aggregation = 'none'."
+        )
+    if e.privacy.mode == DISTRIBUTED and isinstance(parts.secure, Masked) and parts.secure.clip:
+        yield (
+            f"{named} has a clip beside privacy.clip = {e.privacy.clip}, which already bounds each "
+            "update. Set its clip = 0.0."
         )
 
 
@@ -239,8 +245,14 @@ def _privacy(e: Experiment, parts: Parts) -> Iterator[str]:
         )
     if p.mode == "record":
         yield from _record(e)
-    if p.mode not in ("client", "local"):
+    if p.mode not in (CENTRAL, DISTRIBUTED, LOCAL):
         return
+    if p.mode == DISTRIBUTED and not parts.secure.masks:
+        yield (
+            f"{mode} does not go with secure_aggregation = '{e.secure_aggregation}': a client adds "
+            "only its share of the noise, which hides nothing before all shares are summed behind "
+            "masks. Set secure_aggregation = 'masked', or privacy.mode = 'client'."
+        )
     if e.weighting != "uniform":
         yield (
             f"{mode} does not go with weighting = '{e.weighting}': a client with many examples "
@@ -251,7 +263,7 @@ def _privacy(e: Experiment, parts: Parts) -> Iterator[str]:
             f"{mode} does not go with strategy = '{e.strategy}', which joins nothing. Set "
             "privacy.mode = 'none' or 'record', or another strategy."
         )
-    if p.mode == "local":
+    if p.mode == LOCAL:
         return
     if parts.attack.forges:
         yield (

@@ -117,10 +117,12 @@ class PrivacySettings:
 
     record: noisy steps inside each client (DP-SGD); nobody outside it need be trusted.
     client: noise on the cohort's sum; the coordinator is trusted with single clients' changes.
+    client-distributed: each client adds a share of that noise, and sends the coordinator its
+        change masked; single changes are seen by nobody.
     local: noise on each client's change, at the client, for research.
     """
 
-    mode: str = "none"  # none, record, client or local
+    mode: str = "none"  # none, record, client, client-distributed or local
     epsilon: float = 0.0  # of the whole run, at most; 0 is no budget, the noise being given
     delta: float = 0.0  # 0 is min(1e-5, 1 / (10 units))
     noise: float = 0.0  # standard deviation over clip: z; 0 finds what epsilon needs
@@ -129,7 +131,7 @@ class PrivacySettings:
     unit_rows: int = 0  # of one unit in one step at most; 0 is all
     clip_quantile: float = 0.0  # client mode moves the clip to this quantile of norms; 0 is fixed
     clip_rate: float = 0.2  # how fast: eta of Andrew et al.
-    minimum_clients: int = 50  # of client mode: with fewer the noise drowns the model
+    minimum_clients: int = 50  # of client modes: with fewer the noise drowns the model
 
 
 @dataclass(frozen=True)
@@ -354,7 +356,11 @@ _RANGES: list[tuple[str, Any, str]] = [
     ("evaluation.every", _outside(1), "at least 1"),
     ("evaluation.batch_size", _outside(1), "at least 1"),
     ("evaluation.samples", _outside(0), "at least 0"),
-    ("privacy.mode", _not_in("none", "record", "client", "local"), "none, record, client or local"),
+    (
+        "privacy.mode",
+        _not_in("none", "record", "client", "client-distributed", "local"),
+        "none, record, client, client-distributed or local",
+    ),
     ("privacy.epsilon", lambda v: not 0 <= v < math.inf, "at least 0 and finite"),
     ("privacy.delta", lambda v: not 0 <= v < 1, "at least 0 and below 1"),
     ("privacy.noise", lambda v: not 0 <= v < math.inf, "at least 0 and finite"),

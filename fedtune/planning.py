@@ -21,7 +21,8 @@ from fedtune.config import Experiment
 from fedtune.heads import HeadRule
 from fedtune.prefix import prefix_folder, usage
 from fedtune.privacy.forecast import Outlook, outlook
-from fedtune.privacy.mechanism import private
+from fedtune.privacy.mechanism import DISTRIBUTED, private
+from fedtune.privacy.secure import Masked
 from fedtune.seeds import generator
 from fedtune.strategies.strategy import ClientInfo
 
@@ -164,7 +165,10 @@ def _privacy(
             noised["head"] = initial["head"]
     parameters = sum(t.numel() for tensors in noised.values() for t in tensors.values())
     units = {shard.name: shards.units(shard, e.privacy.unit) for shard in held}
-    return outlook(e, resolved.cohort, units, parameters)
+    excess, size = 1.0, resolved.cohort.most(len(held))
+    if e.privacy.mode == DISTRIBUTED and isinstance(resolved.secure, Masked):
+        excess = math.sqrt(size / resolved.secure.needed(size))
+    return outlook(e, resolved.cohort, units, parameters, excess)
 
 
 def _lengths(

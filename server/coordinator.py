@@ -65,7 +65,7 @@ class Coordinator:
         self.run_id = experiment.run_id
         self.dealt = [] if self.parts.strategy.pools else experiment.adapter.dealt()
         self.roster = Roster({})
-        self.guard = private.Guard(self.experiment)
+        self.guard = private.Guard(self.experiment, self.parts)
         self.initial: State = {}
         self.metrics: dict[str, int] = {}
         self.last_rounds: dict[str, int] = {}
@@ -91,6 +91,7 @@ class Coordinator:
                 adapted.require_untied(self._model().module, e.strategy)
             principal = self.parts.strategy.begins == "principal"
             self.initial = models.initial(self._model(), e.seed, principal=principal)
+        joining.require_room(self.parts, self.initial["adapter"], len(self.roster.members))
         if start := checkpoint.latest(self.folder / "checkpoint", e):
             self._protect()
         else:
@@ -119,8 +120,8 @@ class Coordinator:
 
     def _require_masks(self) -> None:
         """Refuse cohorts that could not be masked, before the first round is trained."""
-        settings, e = self.parts.secure, self.experiment
-        if not isinstance(settings, Masked):
+        settings, e = self.guard.settings, self.experiment
+        if settings is None:
             return
         names = list(self.roster.members)
         draws = [self.parts.cohort.draw(names, n, self.guard.seed) for n in range(1, e.rounds + 1)]
@@ -271,8 +272,8 @@ class Coordinator:
         self, server: State, names: Sequence[str], round: int, tally: Tally
     ) -> list[Update]:
         """Accepted updates, sorted by client name; one for all where they are masked."""
-        if isinstance(self.parts.secure, Masked):
-            return self._collect_masked(self.parts.secure, server, names, round, tally)
+        if self.guard.settings:
+            return self._collect_masked(self.guard.settings, server, names, round, tally)
         updates = []
         expected = self.metrics if self.guard.tells_metrics else {}
         # Each reply is decoded as it comes, so that its bytes need not stay beside its tensors.

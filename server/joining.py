@@ -7,7 +7,7 @@ server optimizer steps what was joined.
 from collections.abc import Sequence
 
 from fedtune import adapter
-from fedtune.adapter import State
+from fedtune.adapter import Adapter, State
 from fedtune.errors import RecipeError, RunError
 from fedtune.heads import HeadRule
 from fedtune.parts import Parts
@@ -41,6 +41,16 @@ def join(parts: Parts, server: State, updates: Sequence[Update], round: int) -> 
         group: {name: tensor.contiguous() for name, tensor in tensors.items()}
         for group, tensors in stepped.items()
     }
+
+
+def require_room(parts: Parts, initial: Adapter, population: int) -> None:
+    """Refuse cohorts that the strategy cannot join.
+
+    Raises:
+        RecipeError: they may have too many clients.
+    """
+    if reason := parts.strategy.shortage(initial, parts.cohort.most(population)):
+        raise RecipeError(f"strategy: {reason}.")
 
 
 def require(parts: Parts, clients: Sequence[str]) -> None:

@@ -21,10 +21,21 @@ from fedtune.adapter import State, digest
 from fedtune.config import Experiment
 from fedtune.errors import BudgetError, RunError
 from fedtune.parts import Parts
-from fedtune.privacy import accounting, central, clipping, mechanism, noise, spending
+from fedtune.privacy import (
+    accounting,
+    central,
+    clipping,
+    distributed,
+    mechanism,
+    noise,
+    skellam,
+    spending,
+)
 from fedtune.privacy.clipping import BOUND, CLIP
+from fedtune.privacy.distributed import Shares
 from fedtune.privacy.ledger import BEGIN, KEY, Ledger, Line
 from fedtune.privacy.mechanism import Mechanism
+from fedtune.privacy.secure import Masked, Noised, noised
 from fedtune.privacy.spending import CHARGE, RELEASE
 from fedtune.strategies.strategy import Update
 from fedtune.wire import RejectedError
@@ -37,8 +48,14 @@ STOP = "stop"
 class Guard:
     """Of a run that promises nothing: every step is left as it is."""
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, parts: Parts) -> None:
         self.experiment = experiment
+        self.parts = parts
+
+    @property
+    def settings(self) -> Masked | None:
+        """Of secure aggregation; None where updates come one by one."""
+        return self.parts.secure if isinstance(self.parts.secure, Masked) else None
 
     @property
     def seed(self) -> int:
@@ -94,11 +111,11 @@ class Charging(Guard):
     def __init__(
         self, experiment: Experiment, parts: Parts, run_id: str, roster: Roster, folder: Path
     ) -> None:
-        super().__init__(experiment)
+        super().__init__(experiment, parts)
         units = {name: member.units for name, member in roster.members.items()}
         self.run_id = run_id
         self.mechanisms = mechanism.of_roster(experiment, parts.cohort, units)
-        self.central = experiment.privacy.mode == "client"
+        self.central = experiment.privacy.mode == mechanism.CENTRAL
         self.key = noise.load_key(folder / KEY)
         self.ledger = Ledger(folder, self.key)
         begin = _begin(experiment, parts, run_id, self.mechanisms)
@@ -124,6 +141,13 @@ class Charging(Guard):
         """This round's lines since the mechanisms are what they are."""
         now = self.ledger.lines[self._since :]
         return [line for line in now if line["kind"] == kind and line["round"] == round]
+
+    @property
+    def settings(self) -> Masked | None:
+        settings = super().settings
+        if settings is None or self.experiment.privacy.mode != mechanism.DISTRIBUTED:
+            return settings
+        return noised(settings, next(iter(self.mechanisms.values())))  # one for all clients
 
     @property
     def seed(self) -> int:
@@ -223,6 +247,9 @@ class Charging(Guard):
             clients = [name for update in updates for name in update.clients]
             earlier = any(line["clients"] == clients for line in self._of(RELEASE, round))
             outcome = "replayed" if earlier else "released"
+            told: Line = {}
+            if isinstance(self.settings, Noised) and updates:
+                updates, told = self._shared(updates[0], self.settings, round)
             self.ledger.append(
                 RELEASE,
                 round=round,
@@ -230,6 +257,7 @@ class Charging(Guard):
                 clients=clients,
                 inputs=digest(server),
                 released=shapes,
+                **told,
             )
             return server, updates
         (only,), settings = self.mechanisms.values(), self.experiment.privacy
@@ -255,15 +283,26 @@ class Charging(Guard):
         if CLIP in server:
             moved = torch.tensor(done.clip, dtype=torch.float64)
             server = {**server, CLIP: {CLIP: moved}}
-        if done.noise_norm > clip and round == 1:
-            log.warning(
-                "the noise in each round's mean has norm %.3g, what clients say in it %.3g at "
-                "most: the model may learn nothing. More clients, fewer trained parameters or a "
-                "larger epsilon help.",
-                done.noise_norm,
-                clip,
-            )
+        _say_if_drowned(done.noise_norm, clip, round)
         return server, [done.update]
+
+    def _shared(
+        self, update: Update, settings: Noised, round: int
+    ) -> tuple[Sequence[Update], Line]:
+        """The mean of those who stayed, and what the ledger tells of the noise they made."""
+        promised = self.mechanisms[update.clients[0]]
+        shares = Shares.of(settings, self._of(CHARGE, round)[-1]["cohort_size"])
+        done = distributed.release(update, shares, promised)
+        _say_if_drowned(done.noise_norm, promised.clip, round)
+        told = {
+            "clip": promised.clip,
+            "shares": asdict(shares),
+            "sigma_abs": done.sigma,
+            "denominator": promised.denominator,
+            "noise_norm": done.noise_norm,
+            "released_norm": done.released_norm,
+        }
+        return [done.update], told
 
     def _admitted(self, inputs: str, round: int, sampling: str) -> str:
         """Whether these inputs were released before; other ones than before are charged again.
@@ -286,6 +325,17 @@ class Charging(Guard):
         return "released"
 
 
+def _say_if_drowned(noise_norm: float, clip: float, round: int) -> None:
+    if noise_norm > clip and round == 1:
+        log.warning(
+            "the noise in each round's mean has norm %.3g, what clients say in it %.3g at most: "
+            "the model may learn nothing. More clients, fewer trained parameters or a larger "
+            "epsilon help.",
+            noise_norm,
+            clip,
+        )
+
+
 def guard(experiment: Experiment, parts: Parts, run_id: str, roster: Roster, folder: Path) -> Guard:
     """The guard of an arm.
 
@@ -295,7 +345,7 @@ def guard(experiment: Experiment, parts: Parts, run_id: str, roster: Roster, fol
         OSError: the folder cannot be written.
     """
     if not mechanism.private(experiment):
-        return Guard(experiment)
+        return Guard(experiment, parts)
     return Charging(experiment, parts, run_id, roster, folder)
 
 
@@ -311,7 +361,7 @@ def _begin(
         "mode": experiment.privacy.mode,
         "recipe": experiment.identity(),
         "mechanisms": {name: asdict(one) for name, one in mechanisms.items()},
-        "noise": {"generator": noise.GENERATOR, "grid_bits": noise.GRID_BITS},
+        "noise": _generator(experiment),
         "accountant": {
             "name": accounting.accountant(),
             "interval": accounting.INTERVAL,
@@ -321,6 +371,12 @@ def _begin(
         "selection_charged": False,
         "not_covered": mechanism.not_covered(experiment, parts.strategy),
     }
+
+
+def _generator(experiment: Experiment) -> Line:
+    if experiment.privacy.mode == mechanism.DISTRIBUTED:
+        return {"generator": skellam.GENERATOR, "least_steps": skellam.LEAST_STEPS}
+    return {"generator": noise.GENERATOR, "grid_bits": noise.GRID_BITS}
 
 
 @functools.lru_cache(maxsize=1)

@@ -61,7 +61,9 @@ REFUSED: dict[str, dict[str, set[str]]] = {
     "fed_sb": {"server_optimizer": MOMENTS, "attack": GAUGE, **NO_DORA, **ONE_RANK},
     "ravan": {"server_optimizer": MOMENTS, "attack": GAUGE, **NO_DORA, **ONE_RANK},
     "flora": {**PRODUCTS, **FROZEN_BASE},
+    "flora_sum": {**PRODUCTS, **ONE_RANK, **FROZEN_BASE},
     "flexlora": PRODUCTS,
+    "flexlora_sum": {**PRODUCTS, **ONE_RANK},
     "hetlora": PRODUCTS,
     "hetlora_sum": PRODUCTS,
     "fedmomentum": {**PRODUCTS, **FROZEN_BASE},
@@ -103,7 +105,7 @@ def test_every_pair_is_in_the_table() -> None:
     assert VALUES["combine"].keys() == COMBINES.keys()
     assert VALUES["attack"].keys() == ATTACKS.keys()
     assert len(PAIRS) == len(STRATEGIES) * (11 + 5 + 8 + 2 + 2 + 2)
-    assert sum(len(names) for keys in REFUSED.values() for names in keys.values()) == 276
+    assert sum(len(names) for keys in REFUSED.values() for names in keys.values()) == 313
 
 
 @pytest.mark.parametrize(("strategy", "key", "name"), PAIRS)

@@ -33,6 +33,7 @@ ALWAYS = [
     "rolora",
     "fedsvd",
     "flora",
+    "flora_sum",
     "fedex_lora",
     "fedmomentum(energy=1.0)",
     "oracle",
@@ -40,7 +41,7 @@ ALWAYS = [
 MIXED = ["flora", "fedmomentum(energy=1.0)", "oracle"]
 # Where every strategy is played: each example is several rounds of several clients.
 few = settings(max_examples=15)
-BASES = {"flora", "fedex_lora", "fedmomentum", "frlora", "oracle"}
+BASES = {"flora", "flora_sum", "fedex_lora", "fedmomentum", "frlora", "oracle"}
 
 
 @pytest.mark.parametrize("text", ALWAYS)
@@ -272,7 +273,15 @@ def test_where_sums_suffice_one_update_may_hold_them(name: str, cohort: Cohort) 
 
 
 SPACES = {
-    "product": ["flora", "flexlora", "fedex_lora", "fedmomentum", "oracle"],
+    "product": [
+        "flora",
+        "flora_sum",
+        "flexlora",
+        "flexlora_sum",
+        "fedex_lora",
+        "fedmomentum",
+        "oracle",
+    ],
     "factors": ["fedit", "lora_fair", "frlora", "hetlora"],
 }
 

@@ -21,7 +21,7 @@ from fedtune.strategies import STRATEGIES
 from fedtune.strategies.scaffold import Scaffold
 from fedtune.strategies.strategy import ClientInfo, Plan, Strategy, Turn, Update
 
-COUNT = 24
+COUNT = 26
 TURNED = {"fedrot"}  # its clients turn their factors themselves
 ANYBODY = ClientInfo("any", 1)
 names = pytest.mark.parametrize("name", sorted(STRATEGIES))

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedtune.privacy import ledger, spending
-from fedtune.privacy.mechanism import Mechanism
+from fedtune.privacy.ledger import Line
+from fedtune.privacy.mechanism import DISTRIBUTED, Mechanism
 from fedtune.privacy.verifying import Verified
 
 Certificate = dict[str, Any]
@@ -91,26 +92,23 @@ def _checklist(worst: Mechanism, verified: Verified) -> list[dict[str, str]]:
     trust = {
         "record": "distributed over the clients: each adds its own noise before anything leaves it",
         "client": "central: the coordinator sees single clients' changes and adds the noise",
+        "client-distributed": "distributed: the coordinator sees noisy sums; each client adds a "
+        "share of the noise before its change is masked",
         "local": "local: each client adds its own noise",
     }[worst.mode]
-    sampling = (
-        f"{worst.sampling}, rate {worst.rate:.4g} of {worst.units} {worst.unit}s, drawn from a "
-        "secret key"
-        if worst.sampling != "all"
-        else "none: every unit is in every sum"
-    )
+    law, sampling, accounting, exact = _noise(worst, begin)
     answers = [
         ("Epsilon and delta", "in the statement above; delta is below one over the units"),
         ("Unit of privacy", f"one {worst.unit}"),
         ("Neighbouring data sets", f"{worst.neighbouring} {worst.unit}"),
         ("Several releases", "all rounds and steps are composed, aborted ones included"),
         ("Trust model", trust),
-        ("Mechanism", "Gaussian noise on a sum of contributions clipped to one L2 norm"),
+        ("Mechanism", f"{law} noise on a sum of contributions clipped to one L2 norm"),
         ("Sensitivity", f"{worst.sensitivity:.4g}, from the clip {worst.clip:.4g}"),
         ("Sampling", sampling),
-        ("Accounting", f"{begin['accountant']['name']}, privacy loss distributions; RDP beside it"),
+        ("Accounting", f"{begin['accountant']['name']}, {accounting}"),
         ("Randomness", f"{begin['noise']['generator']}, keyed by 32 secret bytes"),
-        ("Floating point", f"sums of 4 draws, on a grid 2^-{begin['noise']['grid_bits']} of sigma"),
+        ("Floating point", exact),
         ("Timing and other side channels", "not covered"),
         ("Hyper-parameter selection", "not charged"),
         ("Utility and bias", "in the report: quality of the released model, client by client"),
@@ -118,6 +116,27 @@ def _checklist(worst: Mechanism, verified: Verified) -> list[dict[str, str]]:
         ("Security of the secret", f"{ledger.KEY}, readable by its owner only; in no checkpoint"),
     ]
     return [{"item": item, "answer": answer} for item, answer in answers]
+
+
+def _noise(worst: Mechanism, begin: Line) -> tuple[str, str, str, str]:
+    """Its law, how units are sampled, how it is accounted, and how it is kept exact."""
+    told = begin["noise"]
+    if worst.mode == DISTRIBUTED:
+        return (
+            "Skellam, in shares that add up,",
+            "none counted: who takes part is seen, and each is charged for its own rounds",
+            "Renyi divergences of integer orders",
+            f"integers from the first, {told['least_steps']} or more of which make up the clip",
+        )
+    return (
+        "Gaussian",
+        f"{worst.sampling}, rate {worst.rate:.4g} of {worst.units} {worst.unit}s, drawn from a "
+        "secret key"
+        if worst.sampling != "all"
+        else "none: every unit is in every sum",
+        "privacy loss distributions; RDP beside it",
+        f"sums of 4 draws, on a grid 2^-{told['grid_bits']} of sigma",
+    )
 
 
 def markdown(certificate: Certificate) -> str:

@@ -17,7 +17,7 @@ class Outlook:
     """A run's promise before it runs, for the client that is worst off.
 
     Attributes:
-        mode: record, client or local.
+        mode: record, client, client-distributed or local.
         unit: what is protected.
         neighbouring: the relation.
         adversary: against whom.
@@ -56,7 +56,11 @@ class Outlook:
 
 
 def outlook(
-    experiment: Experiment, cohort: Cohort, units: Mapping[str, int], parameters: int
+    experiment: Experiment,
+    cohort: Cohort,
+    units: Mapping[str, int],
+    parameters: int,
+    excess: float = 1.0,
 ) -> Outlook:
     """The outlook of an experiment that promises something.
 
@@ -65,6 +69,8 @@ def outlook(
         cohort: of its rounds.
         units: client -> its records, or its values of privacy.unit.
         parameters: numbers in a noisy sum.
+        excess: deviation of its noise over the promised one, where clients bring shares for those
+            who may drop out and nobody does.
 
     Raises:
         RecipeError: the recipe does not fit the clients.
@@ -83,7 +89,7 @@ def outlook(
         seen = replace(event, sampling="all", rate=1.0, population=0)
         alone, observed = (accounting.epsilon([e], own.delta) for e in (event, seen))
         rounds.append((round, alone, observed))
-    deviation = own.sigma / own.denominator
+    deviation = excess * own.sigma / own.denominator
     return Outlook(
         mode=own.mode,
         unit=own.unit,

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from fedtune.cohorts import Cohort, Fixed, Poisson
 from fedtune.config import Experiment, PrivacySettings
 from fedtune.errors import RecipeError
+from fedtune.privacy import skellam
 from fedtune.privacy.accounting import Event
 from fedtune.privacy.calibration import noise_for
 from fedtune.strategies.strategy import Strategy
 
-ADD_REMOVE, REPLACE = "add or remove one", "replace one"
+ADD_REMOVE, REPLACE, ZERO_OUT = "add or remove one", "replace one", "zero out one"
+CENTRAL, DISTRIBUTED, LOCAL = "client", "client-distributed", "local"  # modes that protect clients
 DELTA = 1e-5
 
 
@@ -26,11 +28,11 @@ class Mechanism:
     """A noisy sum that is released again and again.
 
     Each sum adds up the units' contributions, each clipped to the norm `clip` over all tensors
-    together, and Gaussian noise of standard deviation `sigma` in every coordinate; the result is
-    divided by `denominator`, a constant.
+    together, and noise of standard deviation `sigma` in every coordinate, Gaussian but for mode
+    client-distributed; the result is divided by `denominator`, a constant.
 
     Attributes:
-        mode: record, client or local.
+        mode: record, client, client-distributed or local.
         unit: what is protected: "record", the values of a column, or "client".
         neighbouring: the relation of data sets between which nobody can tell.
         adversary: against whom.
@@ -78,6 +80,7 @@ class Mechanism:
             self.rate,
             self.steps * rounds,
             self.units if self.sampling == "fixed" else 0,
+            _steps(self.mode),
         )
 
 
@@ -86,8 +89,14 @@ ADVERSARY = {
     "not whoever reads the client's own memory or its key",
     "client": "the other clients and whoever uses the models of every round; "
     "the coordinator is trusted",
+    "client-distributed": "whoever uses the models of every round, and a coordinator that keeps to "
+    "the protocol and sees sums and who takes part; not whoever knows shares of the noise",
     "local": "everybody but the client itself",
 }
+
+
+def _steps(mode: str) -> int:
+    return skellam.LEAST_STEPS if mode == DISTRIBUTED else 0
 
 
 def not_covered(experiment: Experiment, strategy: Strategy) -> list[str]:
@@ -108,6 +117,12 @@ def not_covered(experiment: Experiment, strategy: Strategy) -> list[str]:
         found.append(f"test rows that share their '{p.unit}' with rows trained on")
     if strategy.personal:
         found.append("the models that clients keep to themselves")
+    if p.mode == DISTRIBUTED:
+        found.append("whether a client takes part in a round: only what it gives is hidden")
+        found.append(
+            "clients that tell others their own shares of the noise: each of them takes its share "
+            "from the noise of those who must stay to the end of a round"
+        )
     if p.mode == "client":
         found.append("what the coordinator's own folder tells of single clients (rounds.jsonl)")
     if experiment.references != "none":
@@ -145,15 +160,19 @@ def record(experiment: Experiment, units: int) -> Mechanism:
 def client(experiment: Experiment, cohort: Cohort, population: int) -> Mechanism:
     """The noisy sum of each round's cohort.
 
+    Where the clients make the noise, nothing is amplified by sampling: the coordinator sees who
+    takes part, and how much noise there is tells everybody how many do. The relation is then that a
+    client gives zeros; each is charged for the rounds that it was asked in.
+
     Raises:
         RecipeError: the population is too small, or delta is too large for it.
     """
     if population < experiment.privacy.minimum_clients:
         raise RecipeError(
-            f"privacy.mode = 'client' with {population} clients, where privacy.minimum_clients = "
-            f"{experiment.privacy.minimum_clients}: noise that hides one of so few drowns what "
-            "the others say. Take privacy.mode = 'record', or lower it and see the noise in "
-            "`fedtune plan`."
+            f"privacy.mode = '{experiment.privacy.mode}' with {population} clients, where "
+            f"privacy.minimum_clients = {experiment.privacy.minimum_clients}: noise that hides one "
+            "of so few drowns what the others say. Take privacy.mode = 'record', or lower it and "
+            "see the noise in `fedtune plan`."
         )
     if isinstance(cohort, Poisson):
         kind, rate = ("poisson" if cohort.rate < 1 else "all"), cohort.rate
@@ -162,6 +181,8 @@ def client(experiment: Experiment, cohort: Cohort, population: int) -> Mechanism
         kind = "fixed" if rate < 1 else "all"
     else:
         kind, rate = "all", 1.0
+    if experiment.privacy.mode == DISTRIBUTED:
+        return _resolved(experiment, population, "all", 1.0, rate * population, 1)
     return _resolved(experiment, population, kind, rate, rate * population, 1)
 
 
@@ -173,7 +194,7 @@ def local(experiment: Experiment) -> Mechanism:
 def of_roster(
     experiment: Experiment, cohort: Cohort, units: Mapping[str, int]
 ) -> dict[str, Mechanism]:
-    """Each client's own mechanism; in client mode there is one, under "".
+    """Each client's own mechanism; in mode "client" there is one, under "".
 
     Args:
         experiment: the recipe.
@@ -184,9 +205,11 @@ def of_roster(
         RecipeError: the recipe does not fit the clients.
     """
     mode = experiment.privacy.mode
-    if mode == "client":
+    if mode == CENTRAL:
         return {"": client(experiment, cohort, len(units))}
-    if mode == "local":
+    if mode == DISTRIBUTED:
+        return dict.fromkeys(units, client(experiment, cohort, len(units)))
+    if mode == LOCAL:
         return dict.fromkeys(units, local(experiment))
     return {name: record(experiment, count) for name, count in sorted(units.items())}
 
@@ -210,16 +233,16 @@ def _resolved(
     experiment: Experiment, units: int, sampling: str, rate: float, batch: float, steps: int
 ) -> Mechanism:
     p = experiment.privacy
-    replaced = sampling == "fixed" or p.mode == "local"
+    replaced = sampling == "fixed" or p.mode == LOCAL
     sensitivity = 2 * p.clip if replaced else p.clip
     delta = delta_of(p, units)
     population = units if sampling == "fixed" else 0
-    event = Event(1.0, sampling, rate, steps * experiment.rounds, population)
+    event = Event(1.0, sampling, rate, steps * experiment.rounds, population, _steps(p.mode))
     noise = p.noise or noise_for(p.epsilon, delta, event) * sensitivity / p.clip
     return Mechanism(
         mode=p.mode,
         unit=(p.unit or "record") if p.mode == "record" else "client",
-        neighbouring=REPLACE if replaced else ADD_REMOVE,
+        neighbouring=ZERO_OUT if p.mode == DISTRIBUTED else REPLACE if replaced else ADD_REMOVE,
         adversary=ADVERSARY[p.mode],
         clip=p.clip,
         sensitivity=sensitivity,

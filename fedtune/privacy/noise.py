@@ -18,7 +18,7 @@ import math
 import os
 import secrets
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -99,7 +99,13 @@ def secret_seed(key: bytes, *context: bytes | int | str) -> int:
 
 def uniforms(key: bytes, count: int, *context: bytes | int | str) -> Doubles:
     """`count` numbers uniform on the 2^53 centres of equal parts of (0, 1)."""
-    return _centres(_cipher(subkey(key, *context)), count)
+    return stream(key, *context)(count)
+
+
+def stream(key: bytes, *context: bytes | int | str) -> Callable[[int], Doubles]:
+    """Gives the numbers of `uniforms` one after another, as many at a time as it is asked for."""
+    cipher = _cipher(subkey(key, *context))
+    return lambda count: _centres(cipher, count)
 
 
 def gaussian(key: bytes, shape: Sequence[int], *context: bytes | int | str) -> Tensor:

@@ -92,7 +92,7 @@ def quantile(p: Doubles) -> Doubles:
     outer = np.flatnonzero(np.abs(q) > 0.425)
     if len(outer):
         side = q[outer]
-        r = np.sqrt(-_log(np.where(side < 0, p[outer], 1 - p[outer])))
+        r = np.sqrt(-logarithm(np.where(side < 0, p[outer], 1 - p[outer])))
         near = r <= 5.0
         size = np.where(near, _ratio(TAIL, r - 1.6), 0.0)
         if not near.all():
@@ -111,8 +111,8 @@ def _ratio(coefficients: tuple[tuple[float, ...], tuple[float, ...]], r: Doubles
     return np.divide(above, below, out=above)
 
 
-def _log(x: Doubles) -> Doubles:
-    """Natural logarithm of x > 0: 2 artanh((m - 1) / (m + 1)) + e log 2, for x = m 2^e."""
+def logarithm(x: Doubles) -> Doubles:
+    """Of x > 0, natural: 2 artanh((m - 1) / (m + 1)) + e log 2, for x = m 2^e."""
     m, e = np.frexp(x)
     low = m < ROOT_HALF
     m, e = np.where(low, 2 * m, m), e - low
@@ -121,5 +121,5 @@ def _log(x: Doubles) -> Doubles:
     series = np.full_like(s, 1 / 23)
     for odd in range(21, 0, -2):
         series = series * square + 1 / odd
-    logarithm: Doubles = 2 * s * series + e * LOG_2
-    return logarithm
+    result: Doubles = 2 * s * series + e * LOG_2
+    return result

@@ -15,7 +15,7 @@ from fedtune.cohorts import COHORTS, Cohort
 from fedtune.components import build
 from fedtune.config import Experiment
 from fedtune.errors import RecipeError
-from fedtune.privacy import central, mechanism, noise, spending
+from fedtune.privacy import central, distributed, mechanism, noise, spending
 from fedtune.privacy.ledger import BEGIN, LedgerError, Line
 from fedtune.privacy.mechanism import Mechanism
 from fedtune.privacy.spending import CHARGE, RELEASE
@@ -102,7 +102,7 @@ def _require_roster(
     wanted: Any = dict(units)
     if mode == "client":
         found, wanted = told[""].units, len(units)
-    elif mode == "local":
+    elif mode != "record":
         found, wanted = sorted(told), sorted(units)
     if found != wanted:
         raise _wrong(line, f"is about {found}, but roster.json about {wanted}")
@@ -132,6 +132,9 @@ def _require_release(
     else:
         paid = {name for x in charges if x["inputs"] == line["inputs"] for name in x["clients"]}
         unpaid = not set(line["clients"]) <= paid
+        own = told[line["clients"][0]] if line["clients"] else None
+        if own and own.mode == mechanism.DISTRIBUTED and (why := distributed.lacking(line, own)):
+            raise _wrong(line, f"tells of {why}")
     if unpaid:
         raise _wrong(line, f"releases what no charge of round {line['round']} has paid")
 

@@ -5,6 +5,11 @@ expectation of q is s x, its error below 1. The grid is the finest on which the 
 cannot overflow, so that its lift to (-2^31, 2^31) is the integer sum itself. What a plain reply
 says beside the delta is appended and masked with it: that it is one client, its weight, metrics,
 tokens, and a checksum over all words.
+
+Where clients add shares of noise (fedtune/privacy/skellam.py), the clip is a power of two of steps,
+the largest with which sum and noise fit, and a delta is scaled down to so much less than the clip
+that its integers, rounded by less than one in each of d coordinates, have the norm `steps` at most:
+|q| < |s x| + sqrt(d). Then it does not matter to the promise how they were rounded.
 """
 
 import json
@@ -17,8 +22,10 @@ import torch
 from numpy.typing import NDArray
 
 from fedtune.adapter import State
+from fedtune.privacy import skellam
 from fedtune.privacy.letters import RefusedError, digest, joined, number
 from fedtune.privacy.masks import Words, keystream
+from fedtune.privacy.skellam import Integers
 
 HALF = 2**31
 LIMBS, LIMB = 4, 20  # a metric is a number below 2^60 on a grid of 2^-20, in words of 20 bits
@@ -34,28 +41,79 @@ class Grid:
         bound: c, the largest absolute value of a coordinate.
         clip: C, the Euclidean norm to which a delta is scaled down, 0 for no limit.
         cap: the largest weight; rows above it do not count. A delta is scaled by weight / cap.
+        noise: z, standard deviation over clip of the noise that clients' shares make; 0 for none.
+        needed: of how many shares: with fewer there is no sum.
     """
 
     clients: int
     bound: float
     clip: float
     cap: int
+    noise: float = 0.0
+    needed: int = 0
 
     def __post_init__(self) -> None:
         """Refuse what could overflow."""
         fits = 1 <= self.clients < 2 ** (32 - LIMB) and self.cap >= 1
+        if self.noise:
+            self._require_noise(fits and self.cap == 1 and self.bound >= self.clip > 0)
+            return
         if not (fits and self.clients * self.cap < HALF and self._fits(1.0)):
             raise ValueError(
                 f"the sum of {self.clients} clients with weights up to {self.cap} and coordinates "
                 f"up to {self.bound:g} does not fit 32 bits"
             )
 
+    def _require_noise(self, fits: bool) -> None:
+        least = skellam.LEAST_STEPS
+        if not (fits and 1 <= self.needed <= self.clients and self._holds(least)):
+            raise ValueError(
+                f"the sum of {self.clients} clients with noise of {self.noise:g} times the clip "
+                "could wrap around 32 bits"
+            )
+        if self.share < skellam.LEAST_MEAN:
+            raise ValueError(
+                f"noise of {self.noise:g} times the clip is too little to be made of shares of "
+                f"{self.needed} clients"
+            )
+
     def _fits(self, scale: float) -> bool:
         return self.clients * (scale * self.bound + 1) < HALF
 
+    def _holds(self, steps: int) -> bool:
+        """Whether sum and noise fit; noise does not, of all coordinates ever, once in 2^40."""
+        mean = skellam.mean_of_share(self.noise * steps, self.needed)
+        return self.clients * (steps + 1) + skellam.largest(self.clients, mean) < HALF
+
+    @property
+    def steps(self) -> int:
+        """Of the clip, where there is noise: the largest power of two that fits."""
+        steps = skellam.LEAST_STEPS
+        while self._holds(2 * steps):
+            steps *= 2
+        return steps
+
+    @property
+    def share(self) -> int:
+        """The mean of both Poisson numbers of a client's share of the noise; 0 without noise."""
+        if not self.noise:
+            return 0
+        return skellam.mean_of_share(self.noise * self.steps, self.needed)
+
+    def room(self, parameters: int) -> float:
+        """The norm to which a delta of so many numbers is scaled down, 0 for none.
+
+        With noise its integers have the norm `steps` at most; one step is for float64's own errors.
+        """
+        if not self.noise:
+            return self.clip
+        return self.clip * (1 - (math.sqrt(parameters) + 1) / self.steps)
+
     @property
     def scale(self) -> float:
-        """s, the largest power of two with clients (s bound + 1) < 2^31."""
+        """s: steps / clip with noise, else a power of two with clients (s bound + 1) < 2^31."""
+        if self.noise:
+            return self.steps / self.clip
         scale = 1.0
         while self._fits(2 * scale):
             scale *= 2
@@ -63,7 +121,10 @@ class Grid:
 
     def digest(self) -> bytes:
         """Equal for equal grids."""
-        return digest(json.dumps([self.clients, self.bound, self.clip, self.cap]).encode())
+        told = [self.clients, self.bound, self.clip, self.cap]
+        if self.noise:
+            told += [self.noise, self.needed]
+        return digest(json.dumps(told).encode())
 
 
 @dataclass(frozen=True)
@@ -149,7 +210,12 @@ def clipped(delta: NDArray[np.float64], clip: float) -> tuple[NDArray[np.float64
 
 
 def encoded(
-    grid: Grid, layout: Layout, given: Contribution, rounding: Words, multipliers: Words
+    grid: Grid,
+    layout: Layout,
+    given: Contribution,
+    rounding: Words,
+    multipliers: Words,
+    share: Integers | None = None,
 ) -> Words:
     """The words of a client's contribution.
 
@@ -159,16 +225,23 @@ def encoded(
         given: the contribution.
         rounding: as many words of a cryptographic stream as there are parameters.
         multipliers: of the checksum.
+        share: of the noise, a number for each parameter, where the grid has noise.
 
     Raises:
         RefusedError: E_SCHEMA, E_NONFINITE or E_RANGE.
+        ValueError: there is noise in the grid and no share of it, or the other way round.
     """
+    if bool(grid.noise) != (share is not None):
+        raise ValueError("a share of noise belongs to a grid with noise, and to no other")
     lengths = {name: len(values) for name, values in given.metrics.items()}
     if Layout.of(given.state, lengths) != layout:
         raise RefusedError(
             "E_SCHEMA", "the update has other tensors or metrics than were asked for"
         )
-    delta, within = clipped(_flat(given.state, layout), grid.clip)
+    room = grid.room(layout.parameters)
+    if grid.noise and room <= 0:
+        raise RefusedError("E_RANGE", f"{layout.parameters} numbers are too many for the grid")
+    delta, within = clipped(_flat(given.state, layout), room)
     if delta.size and float(np.abs(delta).max()) > grid.bound:
         # How large it is would tell something of the update.
         raise RefusedError(
@@ -181,8 +254,12 @@ def encoded(
     words = np.empty(layout.words, np.uint32)
     scaled = delta * (grid.scale * given.weight / grid.cap)
     scaled += rounding * 2.0**-32
+    integers = np.floor(scaled).astype(np.int64)
+    if share is not None:
+        integers += share
+        within = True  # how many were would be a release of its own, which no noise hides
     # int64 keeps negative numbers; the cast to 32 bits is their residue modulo 2^32.
-    words[: layout.parameters] = np.floor(scaled).astype(np.int64).astype(np.uint32)
+    words[: layout.parameters] = integers.astype(np.uint32)
     values = [v for name, _ in layout.metrics for v in given.metrics[name]]
     tail = [1, int(within), given.weight]
     for value in [*values, *given.tokens]:

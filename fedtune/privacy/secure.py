@@ -2,11 +2,12 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import ClassVar
 
 from fedtune.config import Experiment
 from fedtune.privacy.letters import digest
+from fedtune.privacy.mechanism import Mechanism
 from fedtune.privacy.ring import Grid
 
 
@@ -29,7 +30,8 @@ class Masked(Aggregation):
     Attributes:
         threshold: the share of a cohort that must stay to the end of a round, above 2/3.
         clip: Euclidean norm to which every update is scaled down; 0 leaves them as they are.
-        bound: largest absolute value of an update's coordinates; a client beyond it drops out.
+        bound: largest absolute value of an update's coordinates; a client beyond it drops out. With
+            privacy.mode = "client-distributed" privacy.clip takes the place of both.
         cap: rows that count at most as a client's weight, with weighting = "examples".
     """
 
@@ -62,6 +64,34 @@ class Masked(Aggregation):
     def weight(self, rows: int, weighting: str) -> int:
         """A client's weight."""
         return min(rows, self.cap) if weighting == "examples" else 1
+
+
+@dataclass(frozen=True)
+class Noised(Masked):
+    """Masked, each update with a share of the noise that hides it in the sum; no recipe names it.
+
+    The clip of the promise takes the place of `clip` and `bound`, and every client weighs the same.
+    Those who must stay to the end of a round make the promised noise; if more stay, there is more.
+
+    Attributes:
+        noise: z, of the promise.
+        radius: C, of the promise.
+    """
+
+    noise: float = 1.0
+    radius: float = 1.0
+
+    def grid(self, clients: int, weighting: str) -> Grid:
+        return Grid(clients, self.radius, self.radius, 1, self.noise, self.needed(clients))
+
+    def weight(self, rows: int, weighting: str) -> int:
+        return 1
+
+
+def noised(settings: Masked, promised: Mechanism) -> Noised:
+    """The recipe's settings with the noise that its promise to clients needs."""
+    given = {field.name: getattr(settings, field.name) for field in fields(settings)}
+    return Noised(**given, noise=promised.noise, radius=promised.clip)
 
 
 AGGREGATIONS: dict[str, type[Aggregation]] = {"none": Open, "masked": Masked}

@@ -11,7 +11,9 @@ from fedtune.strategies.fedsa_lora import FedSALoRA
 from fedtune.strategies.fedsvd import FedSVD
 from fedtune.strategies.ffa_lora import FFALoRA
 from fedtune.strategies.flexlora import FlexLoRA
+from fedtune.strategies.flexlora_sum import FlexLoRASum
 from fedtune.strategies.flora import FLoRA
+from fedtune.strategies.flora_sum import FLoRASum
 from fedtune.strategies.frlora import FRLoRA
 from fedtune.strategies.hetlora import HetLoRA
 from fedtune.strategies.hetlora_sum import HetLoRASum
@@ -32,7 +34,9 @@ STRATEGIES: dict[str, type[Strategy]] = {
     "ffa_lora": FFALoRA,
     "rolora": RoLoRA,
     "flora": FLoRA,
+    "flora_sum": FLoRASum,
     "flexlora": FlexLoRA,
+    "flexlora_sum": FlexLoRASum,
     "fedsa_lora": FedSALoRA,
     "fedsvd": FedSVD,
     "scaffold": Scaffold,

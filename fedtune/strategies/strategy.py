@@ -239,6 +239,10 @@ class Strategy:
             return None
         return ended(server, update)
 
+    def shortage(self, initial: Adapter, clients: int) -> str:
+        """Why so many clients of a round cannot be joined, "" where they can."""
+        return ""
+
     def check(self, experiment: Experiment) -> None:
         """Refuse, with a RecipeError, settings that have no meaning for this strategy."""
 
