@@ -103,7 +103,7 @@ def charges(folder: Path) -> list[tuple[str, int]]:
 @pytest.mark.parametrize(
     ("demand", "message"),
     [
-        ({"privacy": "none"}, "'none' is none of 'record' and 'local'"),
+        ({"privacy": "none"}, "'none' is none of 'record', 'local', 'client-distributed'"),
         ({"privacy": "recrod"}, "Did you mean 'record'"),
         ({"privacy": "record,"}, "privacy = '' is none of"),
         ({"privacy": "client"}, "its noise is the coordinator's, which no client can check"),

@@ -17,6 +17,7 @@ from clients import client as clients
 from clients.app import app as client_app
 from clients.budget import Book
 from clients.cohort import CohortGrid
+from clients.demands import Demands
 from fedtune import launch, parts, planning, processes, wire
 from fedtune.config import Experiment
 from fedtune.errors import BudgetError, RecipeError, RunError
@@ -360,6 +361,17 @@ def test_a_release_with_less_noise_than_promised_is_found(noisy: Experiment, par
     own.append("release", outcome="released", **told)
     with pytest.raises(LedgerError, match="ledger tells of"):
         verifying.verify(folder)
+
+
+def test_an_institution_can_demand_shares_of_noise(noisy: Experiment) -> None:
+    """Who is in no roster makes none, so nothing is promised to it."""
+    own = mechanism_of(noisy, parts.resolve(noisy).cohort, 4)
+    demands = Demands.of({"privacy": "client-distributed", "noise": NOISE, "clip": CLIP})
+    demands.require(noisy, own, own_tests=True)
+    with pytest.raises(RecipeError, match=r"demands privacy\.mode = 'client-distributed'"):
+        demands.require(noisy, None, own_tests=True)
+    with pytest.raises(RecipeError, match="demands a noise multiplier"):
+        replace(demands, noise=2 * NOISE).require(noisy, own, own_tests=True)
 
 
 def test_shares_are_those_of_the_cohort() -> None:
