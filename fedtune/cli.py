@@ -1,4 +1,4 @@
-"""The command line: `fedtune run | compare | plan | list | report | export | keys`.
+"""The command line: `fedtune run | compare | plan | list | report | export | audit | keys`.
 
 Errors are for the person who must act: one line, exit code 2 for a recipe or usage, 1 for a failed
     run, and a traceback only with --debug. With --json, standard output is one JSON value.
@@ -260,6 +260,44 @@ def report(folder: RunFolder, as_json: AsJson = False) -> None:
     found = reports.read(folder)
     page.write(found, folder / "report.html")
     _show(found, folder, as_json)
+
+
+@app.command()
+def audit(
+    folder: RunFolder,
+    only: Annotated[
+        str, typer.Option(help="Some of them: mechanism,tokens.", show_default=False)
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Attack a finished run, and set what leaks beside what its ledger claims.
+
+    Exit code 1: a claim is broken.
+    """
+    from fedtune import page
+    from fedtune import report as reports
+    from fedtune.audits import auditing, kept, shown
+    from fedtune.audits.audited import open_run
+    from fedtune.audits.finding import BROKEN
+
+    names = auditing.chosen(only)
+    audited = open_run(folder)
+    found = []
+    with err.status("") as status:
+        for name in names:
+            status.update(f"auditing: {name}")
+            found += auditing.audit(audited, [name])
+    page.write(reports.read(folder), folder / "report.html")
+    if as_json:
+        _print_json([finding.to_json() for finding in found])
+    else:
+        for table in shown.tables(found):
+            out.print(table)
+        out.print(f"\nWrote {folder / kept.FILE} and {folder / 'report.html'}", soft_wrap=True)
+    broken = [finding.audit for finding in found if finding.verdict == BROKEN]
+    if broken:
+        err.print(f"error: what {folder} claims is broken by: {', '.join(broken)}.", markup=False)
+        raise typer.Exit(1)
 
 
 @app.command()

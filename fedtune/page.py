@@ -11,7 +11,8 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from fedtune import report
+from fedtune import page_audits, report
+from fedtune.audits import kept
 from fedtune.page_template import TEMPLATE
 from fedtune.pages import COLOURS, Drawn, blank, plain, rendered, words
 from fedtune.privacy import certificate, verifying
@@ -40,6 +41,7 @@ def write(run: Run, path: Path) -> None:
         rounds=run.records[-1].round,
         partial=_partial(run),
         **_privacy(run),
+        **page_audits.of(kept.read(run.folder).values()),
         aggregation=[(r.round, r.aggregation) for r in run.records if r.aggregation],
     )
     path.write_text(page, encoding="utf-8")

@@ -103,6 +103,34 @@ rows like its own.</p>
 </table></div></details>
 {% endif %}
 
+{% if audits %}
+<h2>Audits</h2>
+<p class="note">Attacks on this run. An attack that finds nothing proves nothing: read who attacked
+and what was checked of the measurement. Brackets: 95 % intervals.</p>
+<div class="scroll"><table>
+<tr><th>audit</th><th class="text">verdict</th><th class="text">measure</th><th>value</th>
+  <th>allowed</th><th class="text">how</th></tr>
+{% for audit, rows in audits %}
+{% for name, value, allowed, method in rows %}
+<tr><td>{{ audit.audit if loop.first }}</td>
+  <td class="text">{% if loop.first %}<strong class="{{ {"holds": "better",
+    "broken": "worse"}.get(audit.verdict, "") }}">{{ audit.verdict }}</strong>{% endif %}</td>
+  <td class="text">{{ name }}</td><td>{{ value }}</td><td>{{ allowed }}</td>
+  <td class="text">{{ method }}</td></tr>
+{% endfor %}
+{% endfor %}
+</table></div>
+{% for audit, _ in audits %}
+<h3>{{ audit.audit }}: {{ audit.verdict }}</h3>
+<p>{{ audit.question }} {{ audit.reason }}</p>
+<p class="note">{% if audit.adversary %}Adversary: {{ audit.adversary }}. {% endif -%}
+Claim: {{ audit.claim }}.{% if audit.validity %} Validity: {{ audit.validity }}.{% endif %}</p>
+{% for figure in audit_figures[audit.audit] %}
+{{ plot(figure) }}
+{% endfor %}
+{% endfor %}
+{% endif %}
+
 {% if rejections %}
 <h2>Replies that were set aside</h2>
 <p class="note">They did not touch the model; the round went on with the others.</p>

@@ -109,9 +109,48 @@ def test_its_text_is_itself(written, tmp_path: Path) -> None:  # type: ignore[no
     assert again.text() == study.text()
 
 
+def test_an_epsilon_of_0_is_no_promise(written, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Beside real ones it is the condition without any; what went with a promise goes too."""
+    text = """
+[vary]
+strategy = ["ffa_lora", "fedsvd"]
+"privacy.epsilon" = [0, 3.0, 8.0]
+[study]
+references = ["local_only"]
+"""
+    study = written(text, "privacy.mode=record", "privacy.unit=client", "train.batch_size=1")
+    names = [name for name, _ in study.conditions()]
+    assert names == [f"privacy.epsilon={value}" for value in ("none", "3.0", "8.0")]
+    cells = study.cells()
+    promised = {
+        (
+            c.condition,
+            c.experiment.privacy.mode,
+            c.experiment.privacy.epsilon,
+            c.experiment.privacy.unit,
+        )
+        for c in cells
+        if c.role == "strategy"
+    }
+    assert promised == {
+        (names[0], "none", 0.0, ""),
+        (names[1], "record", 3.0, "client"),
+        (names[2], "record", 8.0, "client"),
+    }
+    references = {c.experiment.name for c in cells if c.role == "reference"}
+    assert len(references) == 1, "what is promised is no part of a reference"
+    path = tmp_path / "again.toml"
+    path.write_text(study.text())
+    assert study_file.load(path).cells() == cells
+    noisy = written(text, "privacy.mode=record", "privacy.noise=1.0", "train.batch_size=1")
+    assert {c.experiment.privacy.mode for c in noisy.cells() if c.role == "strategy"} == {"record"}
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
+        ('[study]\naudits = "membershop"', "There is no audit 'membershop'"),
+        ("[study]\naudits = ['tokens']", "study.audits must be of type str"),
         ('[vary]\nstratgy = ["fedit"]', "vary.stratgy: unknown key. Did you mean 'strategy'?"),
         ("[vary]\nseed = 3", "vary.seed = 3 must be a list of values"),
         ("[vary]\nseed = []", r"vary.seed = \[\] must be a list"),

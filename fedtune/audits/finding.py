@@ -1,11 +1,19 @@
 """What an audit found, as data: a terminal, a page and JSON are written from it."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from fedtune.errors import RecipeError
+
 HOLDS, BROKEN, OPEN, INVALID = "holds", "broken", "no claim", "invalid"
-Verdict = Literal["holds", "broken", "no claim", "invalid"]
+INAPPLICABLE = "not applicable"
+Verdict = Literal["holds", "broken", "no claim", "invalid", "not applicable"]
+
+
+class NotApplicableError(RecipeError):
+    """The audit has no meaning for this run; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -19,6 +27,8 @@ class Measure:
         high: its upper end.
         method: how the interval was made, "Clopper-Pearson over 3,000 draws".
         subject: whom or what it is of, "bank, round 1"; "" for the run.
+        allowed: the most that the claim allows, drawn beside it; None where nothing is promised
+            of this number.
     """
 
     name: str
@@ -27,6 +37,12 @@ class Measure:
     high: float | None = None
     method: str = ""
     subject: str = ""
+    allowed: float | None = None
+
+    @property
+    def title(self) -> str:
+        """What was measured, and of whom."""
+        return f"{self.name} ({self.subject})" if self.subject else self.name
 
 
 @dataclass(frozen=True)
@@ -40,7 +56,8 @@ class Finding:
         measures: the numbers, the most telling first.
         claim: what the ledger promises of them, or "none".
         verdict: holds (the claim is not contradicted), broken (it is), no claim (nothing is
-            promised), invalid (the measurement could not have succeeded, or misleads).
+            promised), invalid (the measurement could not have succeeded, or misleads), not
+            applicable (an audit raises NotApplicableError and does not return this itself).
         reason: why that verdict.
         validity: what was checked of the measurement itself, and how it came out.
     """
@@ -57,3 +74,13 @@ class Finding:
     def to_json(self) -> dict[str, Any]:
         """The same as JSON's values."""
         return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "Finding":
+        """What `to_json` wrote.
+
+        Raises:
+            TypeError, KeyError: it is something else.
+        """
+        measures = tuple(Measure(**measure) for measure in value["measures"])
+        return cls(**{**value, "measures": measures})

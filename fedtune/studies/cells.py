@@ -1,9 +1,9 @@
 """Run a study's cells, several at a time where there is room.
 
 Each cell has a process to itself and trains there as it would alone, so its result does not depend
-on how many run beside it. A cell that is finished is not run again, one that was interrupted goes
-on from its last round, and one that fails, even by taking its process along, is told with its
-reason while the others go on.
+on how many run beside it; audits of it follow in the same process. A cell that is finished is not
+run again, one that was interrupted goes on from its last round, and one that fails, even by taking
+its process along, is told with its reason while the others go on.
 """
 
 import logging
@@ -17,7 +17,9 @@ from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Protocol
 
-from fedtune import launch
+from fedtune import launch, parts
+from fedtune.audits import auditing, kept
+from fedtune.audits.audited import open_run
 from fedtune.config import Experiment
 from fedtune.errors import FedTuneError
 from fedtune.processes import Pipe, attend, can_fork, how, visible
@@ -80,6 +82,7 @@ class Runner:
 
     def __init__(self, view: View, workers: int, gpus: tuple[str, ...] = ()) -> None:
         self.view, self.count, self.gpus = view, workers, gpus
+        self.audits: tuple[str, ...] = ()
         self.workers: list[_Worker] = []
 
     def __enter__(self) -> "Runner":
@@ -96,14 +99,18 @@ class Runner:
         for worker in self.workers:
             worker.process.join()
 
-    def run(self, experiments: Iterable[Experiment]) -> dict[str, str]:
+    def run(
+        self, experiments: Iterable[Experiment], audits: tuple[str, ...] = ()
+    ) -> dict[str, str]:
         """Finish every cell; returns key -> reason of those that failed.
 
         Args:
             experiments: named by their keys; one that is there twice is run once.
+            audits: of each finished cell; those that it has are not made again.
         """
+        self.audits = audits
         cells = {experiment.name: experiment for experiment in experiments}
-        complete = {key for key, cell in cells.items() if launch.complete(cell)}
+        complete = {key for key, cell in cells.items() if _complete(cell, audits)}
         self.view.planned(cells, complete)
         waiting = deque(cell for key, cell in cells.items() if key not in complete)
         if not waiting:
@@ -120,7 +127,7 @@ class Runner:
             log.setLevel(logging.INFO)
             log.addHandler(handler)
             try:
-                reason = _outcome(cell)
+                reason = _outcome(cell, self.audits)
             finally:
                 log.removeHandler(handler)
                 log.setLevel(level)
@@ -149,10 +156,10 @@ class Runner:
 
     def _give(self, number: int, cell: Experiment) -> None:
         try:
-            self.workers[number].pipe.send(cell)
+            self.workers[number].pipe.send((cell, self.audits))
         except OSError:  # it has died since its last cell
             self.workers[number] = self._started(number)
-            self.workers[number].pipe.send(cell)
+            self.workers[number].pipe.send((cell, self.audits))
         self.workers[number].key = cell.name
         self.view.started(cell.name)
 
@@ -197,10 +204,21 @@ class _Listener(logging.Handler):
             self.view.warned(self.key, record.getMessage())
 
 
-def _outcome(cell: Experiment) -> str:
-    """Run a cell; "" or why it failed."""
+def _complete(cell: Experiment, audits: Iterable[str]) -> bool:
+    return launch.complete(cell) and not kept.missing(parts.folder_of(cell), audits)
+
+
+def _outcome(cell: Experiment, audits: Iterable[str]) -> str:
+    """Run a cell and audit it; "" or why it failed."""
+    folder = parts.folder_of(cell)
     try:
-        launch.alone(cell)
+        # The last round is committed before the adapter, which audits read, is written.
+        if not (launch.complete(cell) and (folder / "adapter").exists()):
+            launch.alone(cell)
+        if due := kept.missing(folder, audits):
+            launch.prepare(cell, threads=1)
+            for found in auditing.audit(open_run(folder), due):
+                log.debug("cell %s: %s %s", cell.name, found.audit, found.verdict)
     except FedTuneError as error:
         return f"{type(error).__name__}: {error}"
     except Exception as error:  # a defect of ours or of a library costs this cell only
@@ -213,6 +231,6 @@ def _work(pipe: Pipe) -> None:
     """A worker: runs cells until it is killed."""
     send = attend(pipe, logging.INFO)
     while True:
-        cell = pipe.recv()
+        cell, audits = pipe.recv()
         assert isinstance(cell, Experiment)
-        send(Ended(_outcome(cell)))
+        send(Ended(_outcome(cell, audits)))

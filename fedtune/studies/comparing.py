@@ -13,7 +13,7 @@ from fedtune import launch
 from fedtune.config import Leaf
 from fedtune.errors import FedTuneError, RecipeError, RunError
 from fedtune.report import LOWER_IS_BETTER
-from fedtune.studies import evidence, scores, tuning
+from fedtune.studies import audits, evidence, scores, tuning
 from fedtune.studies.cells import Runner, View
 from fedtune.studies.comparison import (
     GLOBAL,
@@ -58,7 +58,7 @@ def compare(study: Study, view: View, workers: int = 0) -> Comparison:
                 view.labels = {cell.experiment.name: _label(cell) for cell in reversed(cells)}
                 lost = {(t.condition, t.arm): _why(t) for t in tuned if t.chosen is None}
                 ready = [cell for cell in cells if (cell.condition, cell.arm) not in lost]
-                failed = runner.run(cell.experiment for cell in ready)
+                failed = runner.run((cell.experiment for cell in ready), study.audits)
             reasons = {
                 (c.condition, c.arm, c.seed): lost.get((c.condition, c.arm))
                 or failed.get(c.experiment.name, "")
@@ -226,6 +226,7 @@ def _arm(
         curves=curves,
         aggregation=scores.aggregation(curves),
         settings=settings,
+        audits=audits.of(arm, study.audits),
     )
 
 
@@ -282,6 +283,8 @@ def _notes(study: Study, shown: dict[str, Arms]) -> list[str]:
         "Bytes are of all arrays as serialised for training, catch-up included; seconds are wall "
         "clock of a cell with one process, while others ran beside it.",
     ]
+    if study.audits:
+        notes.append(audits.NOTE)
     rejected = sum(
         len(record.rejected)
         for arms in shown.values()

@@ -171,6 +171,33 @@ class Cost:
 
 
 @dataclass(frozen=True)
+class Audit:
+    """One of the leading measures of an audit of an arm's cells.
+
+    Attributes:
+        audit: its name, "membership".
+        measure: what was measured; "" where no cell could be.
+        seeds: whose cells were measured, ascending.
+        values: one a seed.
+        mean: of the values, None without any.
+        interval: Student t over seeds; with one seed the audit's own.
+        allowed: the most that the claim allows, mean over seeds; None where nothing is promised.
+        verdicts: verdict -> how many cells have it.
+        reason: of the first cell that was not measured, "" where all were.
+    """
+
+    audit: str
+    measure: str
+    seeds: list[int]
+    values: list[float]
+    mean: float | None
+    interval: Interval | None
+    allowed: float | None
+    verdicts: dict[str, int]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class Arm:
     """A strategy, or what strategies are read against, in one condition.
 
@@ -184,6 +211,7 @@ class Arm:
         curves: one a seed.
         aggregation: diagnostics, mean over rounds and seeds.
         settings: what was set for this arm alone, as a tuned learning rate.
+        audits: [] where the study asks for none.
     """
 
     name: str
@@ -195,6 +223,7 @@ class Arm:
     curves: list[Curve]
     aggregation: dict[str, float] = field(default_factory=dict)
     settings: dict[str, Leaf] = field(default_factory=dict)
+    audits: list[Audit] = field(default_factory=list)
 
     def score(self, protocol: str, metric: str) -> Score | None:
         """That score, None where the arm has none."""

@@ -9,7 +9,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from fedtune.studies import page, tables
-from fedtune.studies.comparison import Arm, Comparison, Condition, Score
+from fedtune.studies.comparison import Arm, Audit, Comparison, Condition, Score
 
 # One number a row: what it is (table, name), what it is of, and the value. Empty where it does not
 # apply; `other` holds a value that is no number.
@@ -92,8 +92,21 @@ def _arm(arm: Arm) -> Iterator[Row]:
                 yield at | {"metric": metric or None, "value": number}
     for name, value in arm.aggregation.items():
         yield {"table": "aggregation", "name": name, "value": value}
+    for audit in arm.audits:
+        yield from _audit(audit)
     for key, setting in arm.settings.items():
         yield {"table": "settings", "name": key} | _value(setting)
+
+
+def _audit(audit: Audit) -> Iterator[Row]:
+    of: Row = {"table": "audits", "metric": f"{audit.audit}: {audit.measure}"}
+    for seed, value in zip(audit.seeds, audit.values, strict=True):
+        yield of | {"seed": seed, "name": "value", "value": value}
+    numbers = {"mean": audit.mean, **_ends("interval", audit.interval), "allowed": audit.allowed}
+    for name, number in numbers.items():
+        yield of | {"name": name, "value": number}
+    for verdict, count in audit.verdicts.items():
+        yield of | {"name": verdict, "value": count}
 
 
 def _score(score: Score) -> Iterator[Row]:

@@ -9,7 +9,10 @@ from pathlib import Path
 from fedtune.config import Experiment
 
 # Sources that only read what cells have written; a change of them leaves cells as they are.
-READERS = ("fedtune/cli.py", "fedtune/page*.py", "fedtune/planning.py", "fedtune/studies/*.py")
+READERS = (
+    *("fedtune/audits/*.py", "fedtune/cli.py", "fedtune/page*.py", "fedtune/planning.py"),
+    "fedtune/studies/*.py",
+)
 ROOT = Path(__file__).parents[2]
 
 

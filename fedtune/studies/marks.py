@@ -30,6 +30,8 @@ STEPS = (
     (150, (1, 3)),
     (math.inf, (1,)),
 )
+# Title, note and figure of a plot, and whether two of its kind may stand side by side.
+Plan = tuple[str, str, go.Figure | None, bool]
 
 
 @dataclass(frozen=True)

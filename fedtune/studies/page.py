@@ -8,20 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import plotly.graph_objects as go
-
 from fedtune.pages import Drawn, rendered, words
 from fedtune.studies import extras as study
 from fedtune.studies import figures as plots
+from fedtune.studies import promises
 from fedtune.studies import rows as tables
 from fedtune.studies.comparison import PROTOCOLS, Comparison, Condition
-from fedtune.studies.marks import Look, looks
+from fedtune.studies.marks import Look, Plan, looks
 from fedtune.studies.page_tables import Table
 from fedtune.studies.template import TEMPLATE
 from fedtune.studies.verdict import MODELS, verdict
-
-# Title, note and figure of a plot, and whether two of its kind may stand side by side.
-Plan = tuple[str, str, go.Figure | None, bool]
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,7 @@ def write(comparison: Comparison, path: Path) -> None:
         comparison=comparison,
         said=said.overall,
         sections=sections,
+        promises=_drawn("promises", promises.plans(comparison, look)),
         tuned=study.tuned(comparison),
         trials=study.trials(comparison),
         tuning=tuning,
@@ -106,6 +103,8 @@ def _section(
         _drawn(f"c{number}-aggregation", _diagnostics(condition, look)),
     )
     shown = [part for part in parts if part is not None]
+    if audits := tables.audits(condition):
+        shown.append(Part("Audits", "", [], [audits], [], []))
     return Section(f"condition-{number}", condition.name or "Results", [*shown, cost])
 
 

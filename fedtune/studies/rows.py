@@ -2,8 +2,9 @@
 
 from collections.abc import Iterable, Sequence
 
+from fedtune.audits.finding import BROKEN
 from fedtune.report import human_bytes, human_time
-from fedtune.studies.comparison import Arm, Comparison, Condition, Interval, Score
+from fedtune.studies.comparison import Arm, Audit, Comparison, Condition, Interval, Score
 from fedtune.studies.page_tables import (
     ABSENT,
     Cell,
@@ -117,6 +118,49 @@ def aggregation(comparison: Comparison, condition: Condition, *, main: bool) -> 
     title = "Aggregation" if main else "More about the aggregation"
     groups = _grouped(arms, rows, comparison.baseline)
     return Table(title, "Mean over rounds and seeds.", columns, groups)
+
+
+def audits(condition: Condition) -> Table | None:
+    """What audits of each arm's cells measured, None where none were asked for."""
+    if not any(arm.audits for arm in condition.arms):
+        return None
+    columns = [
+        Column("arm", text=True, first="ascending"),
+        Column("audit", text=True, first="ascending"),
+        Column("measure", text=True, first="ascending"),
+        Column("value [95 %]", "mean over seeds"),
+        Column("allowed", "the most that the run's ledger allows, mean over seeds"),
+        Column("verdicts", "of how many cells", text=True, first="ascending"),
+    ]
+    groups = [
+        (
+            title,
+            [
+                Row(_audit(arm, audit))
+                for arm in condition.arms
+                if arm.role == role
+                for audit in arm.audits
+            ],
+        )
+        for title, role in (("Strategies", "strategy"), ("References", "reference"))
+    ]
+    note = "Attacks on every cell; an attack that finds nothing proves nothing."
+    return Table("Audits", note, columns, [group for group in groups if group[1]])
+
+
+def _audit(arm: Arm, audit: Audit) -> list[Cell]:
+    verdicts = ", ".join(f"{name} {count}" for name, count in audit.verdicts.items())
+    value = ABSENT
+    if audit.mean is not None:
+        value = Cell(fixed(audit.mean), audit.mean, brackets(audit.interval, fixed))
+    return [
+        Cell(arm.name),
+        Cell(audit.audit),
+        Cell(audit.measure or audit.reason),
+        value,
+        number(audit.allowed, "{:.3f}"),
+        Cell(verdicts, mark="worse" if audit.verdicts.get(BROKEN) else ""),
+    ]
 
 
 def diagnostics(condition: Condition) -> list[str]:

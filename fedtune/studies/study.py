@@ -7,6 +7,7 @@ key is the hash of what decides its result, the recipe and the sources; two plac
 one key are one cell.
 """
 
+import dataclasses
 import itertools
 import json
 import re
@@ -17,10 +18,19 @@ from typing import Any
 
 from fedtune import parts, report
 from fedtune.components import nearest
-from fedtune.config import FREE, Experiment, Leaf
+from fedtune.config import FREE, Experiment, Leaf, PrivacySettings, flatten
 from fedtune.errors import RecipeError
 from fedtune.strategies import STRATEGIES
 from fedtune.studies.identity import key_of
+
+EPSILON = "privacy.epsilon"
+# Keys that mean something beside a promise only.
+UNPROMISED: dict[str, Leaf] = {
+    "privacy.mode": "none",
+    "privacy.unit": "",
+    "privacy.unit_rows": 0,
+    "privacy.clip_quantile": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -82,6 +92,7 @@ class Study:
         metric: that decides, "" for the task's first.
         target: of the metric, None without.
         tune: None where nothing is tuned.
+        audits: of every finished cell, by their names.
     """
 
     base: Experiment
@@ -94,6 +105,7 @@ class Study:
     metric: str = ""
     target: float | None = None
     tune: Tune | None = None
+    audits: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -117,7 +129,15 @@ class Study:
             dict(zip(self.axes, values, strict=True))
             for values in itertools.product(*self.axes.values())
         ]
-        return [(", ".join(f"{k}={v}" for k, v in c.items()), c) for c in changes]
+        return [self._condition(each) for each in changes]
+
+    def _condition(self, changes: dict[str, Leaf]) -> tuple[str, dict[str, Leaf]]:
+        """Its name and all that it changes: an epsilon of 0 without noise is no promise at all."""
+        shown = dict(changes)
+        if changes.get(EPSILON) == 0 and not {**self.base.flat(), **changes}["privacy.noise"]:
+            shown[EPSILON] = "none"
+            changes = changes | UNPROMISED
+        return ", ".join(f"{key}={value}" for key, value in shown.items()), changes
 
     def metrics(self) -> tuple[str, ...]:
         """What the task measures, the deciding one first."""
@@ -156,7 +176,8 @@ class Study:
     ) -> Experiment:
         """One cell's experiment, named by its key.
 
-        How updates are joined is no part of a reference: one is shared by all combiners.
+        How updates are joined, and what is promised, is no part of a reference: one is shared by
+        all combiners and every epsilon.
         """
         flat = {**self.base.flat(), **settings, "seed": seed}
         experiment = Experiment.from_flat(flat if role == "reference" else flat | {"strategy": arm})
@@ -164,6 +185,8 @@ class Study:
             experiment = parts.reference(
                 experiment.replace(combine="mean", server_optimizer="none"), arm
             )
+            unpromised = flatten({"privacy": dataclasses.asdict(PrivacySettings())})
+            experiment = Experiment.from_flat({**experiment.flat(), **unpromised})
         return experiment.replace(name=key_of(experiment), output=str(self.folder / "cells"))
 
     def check(self) -> None:
@@ -203,6 +226,8 @@ class Study:
             "references": self.references,
             "metric": self.metrics()[0],
         }
+        if self.audits:
+            told["audits"] = ",".join(self.audits)
         if self.target is not None:
             told["target"] = self.target
         lines = [self.base.text(), "[vary]", *_lines(vary), "", "[study]", *_lines(told)]

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from fedtune import parts
+from fedtune.audits import auditing
 from fedtune.components import fits, nearest
 from fedtune.config import FREE, Experiment, Leaf, name_of, parse_override, read_flat
 from fedtune.errors import RecipeError
-from fedtune.studies.study import Study, Tune
+from fedtune.studies.study import EPSILON, Study, Tune
 
 REFERENCES = ("local_only", "centralized", "oracle")
 LISTS = ("references", "tune.values", "tune.seeds")
@@ -18,6 +19,7 @@ KINDS: dict[str, type] = {
     "baseline": str,
     "metric": str,
     "target": float,
+    "audits": str,
     "tune.key": str,
     "tune.low": float,
     "tune.high": float,
@@ -77,7 +79,10 @@ def _of(flat: dict[str, Any], vary: dict[str, Any], told: dict[str, Any]) -> Stu
         for value in axes[key]:
             Experiment.from_flat({key: value})
     told = _checked(told)
-    base = Experiment.from_flat(flat | {key: values[0] for key, values in axes.items()})
+    first = {key: values[0] for key, values in axes.items()}
+    if EPSILON in axes:  # a promise of 0 is none, which the study says of its conditions
+        first[EPSILON] = max(float(value) for value in axes[EPSILON])
+    base = Experiment.from_flat(flat | first)
     chosen = tuple(str(s) for s in axes.pop("strategy", (base.strategy,)))
     named = told.get("references", REFERENCES)
     extra = [name for name in parts.reference_names(base) if name not in named]
@@ -94,6 +99,7 @@ def _of(flat: dict[str, Any], vary: dict[str, Any], told: dict[str, Any]) -> Stu
         metric=str(told.get("metric", "")),
         target=told.get("target"),
         tune=_tune(tune) if tune else None,
+        audits=auditing.chosen(audits) if (audits := str(told.get("audits", ""))) else (),
     )
     study.check()
     return study

@@ -58,6 +58,7 @@ def all_of(comparison: Comparison) -> list[Table]:
         tables += [quality(comparison, condition, protocol) for protocol in PROTOCOLS]
         tables.append(cost(comparison, condition))
         tables += [ranks(comparison, condition, ranking) for ranking in condition.rankings]
+        tables.append(audits(condition))
     tables += [tuning(comparison)] if comparison.tuning else []
     tables += [failures(comparison)] if comparison.failures else []
     return [table for table in tables if table.rows]
@@ -114,6 +115,23 @@ def ranks(comparison: Comparison, condition: Condition, ranking: Ranking) -> Tab
     ]
     title = f"ranks by {_words(ranking.metric)}, {PROTOCOLS[ranking.protocol]}; {ranking.method}"
     return Table(_titled(condition, title), ["arm", "mean rank", "95 % interval", "best in"], rows)
+
+
+def audits(condition: Condition) -> Table:
+    """What audits of each arm's cells measured, and what they say of its claims."""
+    rows = [
+        [
+            arm.name,
+            f"{audit.audit}{': ' if audit.measure else ''}{audit.measure}",
+            f"{_number(audit.mean)}{_interval(audit.interval)}",
+            _number(audit.allowed),
+            ", ".join(f"{verdict} {count}" for verdict, count in audit.verdicts.items()),
+        ]
+        for arm in condition.arms
+        for audit in arm.audits
+    ]
+    columns = ["arm", "audit", "mean over seeds", "allowed", "verdicts"]
+    return Table(_titled(condition, "audits, 95 % intervals"), columns, rows)
 
 
 def tuning(comparison: Comparison) -> Table:
@@ -185,6 +203,10 @@ def terminal(comparison: Comparison) -> list[tuple[str, RichTable]]:
             table = quality(comparison, condition, protocol)
             if table.rows:
                 shown.append((table.title, _rich(table, kept)))
+        if (table := audits(condition)).rows:
+            shown.append(
+                (table.title, _rich(table, ["arm", "audit", "mean over seeds", "verdicts"]))
+            )
     if comparison.tuning:
         table = tuning(comparison)
         shown.append((table.title, _rich(table, table.columns)))

@@ -77,6 +77,7 @@ shards, from the same start, with the same cohorts and batches for a seed.</p>
   {% endif %}
 </dl>
 <nav aria-label="Contents"><ul>
+{% if promises %}<li><a href="#promises">Quality and leakage against epsilon</a></li>{% endif %}
 {% for section in sections %}
 <li><a href="#{{ section.id }}">{{ section.title }}</a></li>
 {% endfor %}
@@ -84,6 +85,15 @@ shards, from the same start, with the same cohorts and batches for a seed.</p>
 {% if failures %}<li><a href="#failures">Failed cells</a></li>{% endif %}
 <li><a href="#how">How it was made, and how to repeat it</a></li>
 </ul></nav>
+
+{% if promises %}
+<section aria-labelledby="promises">
+<h2 id="promises">Quality and leakage against epsilon</h2>
+<p class="note">Mean over seeds with 95 % intervals; "none" is training without any promise. Dotted:
+the most that a claim allows. Open marks: an audit of some seed was invalid.</p>
+{{ drawn(promises) }}
+</section>
+{% endif %}
 
 {% for section in sections %}
 <section aria-labelledby="{{ section.id }}">
