@@ -71,6 +71,7 @@ class DataSettings:
     minimum: int = 2  # rows that every shard must have
     test_fraction: float = 0.2  # held out of each shard where the source has no test rows
     validation_fraction: float = 0.0  # of the training rows, to test on instead of the test rows
+    audit_holdout: float = 0.0  # of the training rows, which no model sees: for audits
 
 
 @dataclass(frozen=True)
@@ -339,6 +340,7 @@ _RANGES: list[tuple[str, Any, str]] = [
     ("data.minimum", _outside(1), "at least 1"),
     ("data.test_fraction", lambda v: not 0 <= v < 1, "at least 0 and below 1"),
     ("data.validation_fraction", lambda v: not 0 <= v < 1, "at least 0 and below 1"),
+    ("data.audit_holdout", lambda v: not 0 <= v < 1, "at least 0 and below 1"),
     ("train.learning_rate", lambda v: not 0 < v < math.inf, "above 0"),
     ("train.epochs", _outside(1), "at least 1"),
     ("train.steps", _outside(0), "at least 0"),

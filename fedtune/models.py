@@ -259,6 +259,13 @@ def shifted(model: Model, base: Adapter) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def untuned(model: Model) -> Iterator[None]:
+    """The base as it was loaded: without adapter, and with the head that it had then."""
+    with model.module.disable_adapter():
+        yield
+
+
+@contextlib.contextmanager
 def scaled(model: Model, factor: float) -> Iterator[None]:
     """Multiply the adapters' scaling by `factor`."""
     layers = [layer for _, layer in lora_layers(model)] if factor != 1.0 else []

@@ -2,14 +2,15 @@
 
 Where a source has no test rows, each client holds out a part of its own. While settings are tuned,
 `data.validation_fraction` puts a part of the training rows in the place of the test rows, which
-then nobody looks at.
+then nobody looks at. `data.audit_holdout` sets rows aside that are neither trained nor tested on:
+drawn at random of the same rows as those trained on, they are what an audit of membership needs.
 """
 
 import bisect
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,19 @@ from fedtune.partitions import FEWER, PARTITIONS
 
 @dataclass(frozen=True)
 class Shard:
-    """One client's rows; `name` matches `config.NAME`."""
+    """One client's rows; `name` matches `config.NAME`.
+
+    Attributes:
+        name: of the client.
+        train: rows that it learns from.
+        test: rows that models are tested on.
+        holdout: rows for audits, None where none are set aside.
+    """
 
     name: str
     train: Dataset
     test: Dataset
+    holdout: Dataset | None = None
 
 
 def tests_among(rows: int, fraction: float) -> int:
@@ -45,16 +54,26 @@ def _hold_out(
     return Shard(name, rows.select(sorted(order[count:])), rows.select(sorted(order[:count])))
 
 
-def _validated(shard: Shard, data: DataSettings, seed: int) -> Shard:
-    """The shard with a part of its training rows in the place of its test rows, where asked.
+def _parted(shard: Shard, data: DataSettings, seed: int) -> Shard:
+    """The shard without the training rows that are for audits or for validation.
 
-    `data.minimum` rows remain to train on, so a recipe that runs can be tuned.
+    Audits choose first, so that theirs are the same while settings are tuned. `data.minimum` rows
+    remain to train on, so a recipe that runs can be tuned and audited.
     """
-    if not data.validation_fraction:
-        return shard
+    holdout = None
+    if data.audit_holdout:
+        count = _spared(shard, data, data.audit_holdout)
+        apart = _hold_out(shard.name, shard.train, count, seed, "audit rows")
+        shard, holdout = replace(shard, train=apart.train), apart.test
+    if data.validation_fraction:
+        count = _spared(shard, data, data.validation_fraction)
+        shard = _hold_out(shard.name, shard.train, count, seed, "validation rows")
+    return replace(shard, holdout=holdout)
+
+
+def _spared(shard: Shard, data: DataSettings, fraction: float) -> int:
     rows = len(shard.train)
-    count = min(tests_among(rows, data.validation_fraction), max(0, rows - data.minimum))
-    return _hold_out(shard.name, shard.train, count, seed, "validation rows")
+    return min(tests_among(rows, fraction), max(0, rows - data.minimum))
 
 
 def _require_rows(shard: Shard, data: DataSettings, held_out: bool, remedy: str) -> Shard:
@@ -106,7 +125,7 @@ def load(data: DataSettings, seed: int) -> list[Shard]:
     else:
         tests = partition.assign(test, train, held, seed)
         shards = [Shard(n, train.select(own), test.select(tests[n])) for n, own in held.items()]
-    shards = [_validated(shard, data, seed) for shard in shards]
+    shards = [_parted(shard, data, seed) for shard in shards]
     return [_require_rows(shard, data, test is None, partition.remedy) for shard in shards]
 
 
@@ -135,16 +154,18 @@ def institution(
         shard = _hold_out(name, rows, tests_among(len(rows), data.test_fraction), seed)
     else:
         shard = Shard(name, rows, read_file(test))
-    shard = _validated(shard, data, seed)
+    shard = _parted(shard, data, seed)
     return _require_rows(shard, data, test is None, "Add rows, or lower data.minimum.")
 
 
 def pooled(shards: Sequence[Shard], name: str = "centralized") -> Shard:
     """All rows together, in the order of the shards: the centralized reference."""
+    apart = [shard.holdout for shard in shards if shard.holdout is not None]
     return Shard(
         name,
         concatenate_datasets([shard.train for shard in shards]),
         concatenate_datasets([shard.test for shard in shards]),
+        concatenate_datasets(apart) if apart else None,
     )
 
 

@@ -10,7 +10,7 @@ os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -45,11 +45,11 @@ LABELS = {"status": "late", "hours": "open", "cancel": "cancel"}
 FILLERS = ["my", "card", "please", "help", "now"]
 
 
-def make_tokenizer(folder: Path, *, bert: bool) -> None:
+def make_tokenizer(folder: Path, *, bert: bool, known: Sequence[str] = WORDS) -> None:
     """A word tokenizer; with BERT's special tokens, or with BOS at the start as Llama has it."""
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"] if bert else ["<unk>", "<s>", "</s>"]
     punctuation = ["#", ":", "Instruction", "Input", "Response", ".", "?"]
-    words = [*special, *WORDS, *punctuation]
+    words = [*special, *known, *punctuation]
     vocabulary = {word: number for number, word in enumerate(words)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=special[1 if bert else 0]))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

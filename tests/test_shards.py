@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedtune import shards
 from fedtune.components import build
-from fedtune.config import DataSettings
+from fedtune.config import DataSettings, Experiment
 from fedtune.errors import RecipeError
 from fedtune.partitions import PARTITIONS, Held, Partition, _divided
 from fedtune.shards import Shard
@@ -264,6 +264,55 @@ def test_validation_leaves_the_minimum_to_train_on(rows: Path) -> None:
     assert [(len(s.train), len(s.test)) for s in shards.load(data, 0)] == [(4, 0)] * 12
     fewer = settings(rows, "iid", clients=12, minimum=3, validation_fraction=0.9)
     assert [(len(s.train), len(s.test)) for s in shards.load(fewer, 0)] == [(3, 1)] * 12
+
+
+@pytest.mark.parametrize("own_tests", [True, False])
+def test_rows_for_audits_are_neither_trained_nor_tested_on(
+    rows: Path, tmp_path: Path, own_tests: bool
+) -> None:
+    """They come out of the training rows, and tuning does not move them."""
+    tests = [{"text": f"test{i}", "label": "l0", "client": "big"} for i in range(5)]
+    test = save(tmp_path / "test.jsonl", tests) if own_tests else ""
+
+    def held(**changes: float) -> dict[str, Shard]:
+        data = settings(rows, "by_column", test, minimum=1, **changes)
+        return {shard.name: shard for shard in shards.load(data, 0)}
+
+    plain, audited = held(), held(audit_holdout=0.2)
+    tuned = held(audit_holdout=0.2, validation_fraction=0.25)
+    assert all(shard.holdout is None for shard in plain.values())
+    for name, shard in audited.items():
+        assert shard.holdout is not None
+        apart, train = set(shard.holdout["text"]), set(shard.train["text"])
+        assert apart | train == set(plain[name].train["text"])
+        assert not apart & train
+        assert shard.test["text"] == plain[name].test["text"]
+        also = tuned[name]
+        assert also.holdout is not None
+        assert also.holdout["text"] == shard.holdout["text"]
+        assert not apart & {*also.train["text"], *also.test["text"]}
+    everything = shards.pooled(list(audited.values()))
+    assert everything.holdout is not None
+    assert len(everything.holdout) + len(everything.train) == sum(
+        len(shard.train) for shard in plain.values()
+    )
+    assert len(everything.holdout) > 5
+
+
+def test_an_institution_sets_rows_apart_for_audits_too(rows: Path) -> None:
+    data = settings(rows, "iid", audit_holdout=0.1, test_fraction=0.0)
+    shard = shards.institution("north", rows, None, data, 0)
+    assert shard.holdout is not None
+    assert (len(shard.train), len(shard.holdout)) == (54, 6)
+    assert not set(shard.train["text"]) & set(shard.holdout["text"])
+    with pytest.raises(RecipeError, match=r"data\.audit_holdout = 1\.0 must be"):
+        Experiment().replace(data__audit_holdout=1.0)
+
+
+def test_rows_for_audits_leave_the_minimum_to_train_on(rows: Path) -> None:
+    data = settings(rows, "iid", clients=12, minimum=4, audit_holdout=0.9)
+    held = shards.load(data, 0)
+    assert [(len(s.train), len(s.test), len(s.holdout or [])) for s in held] == [(4, 1, 0)] * 12
 
 
 @few

@@ -3,12 +3,15 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 from fedtune.errors import RecipeError
 
-HOLDS, BROKEN, OPEN, INVALID = "holds", "broken", "no claim", "invalid"
-INAPPLICABLE = "not applicable"
+HOLDS: Final = "holds"
+BROKEN: Final = "broken"
+OPEN: Final = "no claim"
+INVALID: Final = "invalid"
+INAPPLICABLE: Final = "not applicable"
 Verdict = Literal["holds", "broken", "no claim", "invalid", "not applicable"]
 
 
