@@ -104,6 +104,15 @@ def deviation(values: Array) -> Interval:
     return Interval(math.sqrt(total / freedom), math.sqrt(low), math.sqrt(high))
 
 
+def ratio(first: Interval, second: Interval) -> Interval:
+    """Of two independent values, whose intervals are alike on a logarithmic scale; 0 with a 0."""
+    if not (first.low > 0 and second.low > 0):
+        return Interval(0.0, 0.0, 0.0)
+    widths = (math.log(one.high / one.low) / 2 for one in (first, second))
+    half, value = math.hypot(*widths), first.value / second.value
+    return Interval(value, value * math.exp(-half), value * math.exp(half))
+
+
 def shift(present: Array, absent: Array) -> Interval:
     """How far apart the means of two samples lie."""
     gap = float(present.mean() - absent.mean())

@@ -40,7 +40,7 @@ from fedtune.privacy.clipping import CLIP
 from fedtune.privacy.mechanism import Mechanism
 
 FAR = 10.0  # norm of the model's weights over the clip
-SIDE, MODULES = 4, 2  # of a tensor in miniature, and how many modules
+SIDE, MODULES = 4, 1  # of a tensor in miniature, and how many modules
 COINS = 100_000  # of the check of sampling
 
 

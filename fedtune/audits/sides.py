@@ -16,7 +16,7 @@ from fedtune.audits.draws import Array
 from fedtune.audits.paths import Path, Trained, Vectors, directions
 from fedtune.privacy.mechanism import REPLACE
 
-CLIENTS = 4  # honest ones beside the canary
+CLIENTS = 2  # honest ones beside the canary, of whom every number costs thousands of draws
 LOUD = 1000.0  # norm of the canary's change over the clip
 MANY, FEW = 5000, 100  # examples of the canary and of an honest client
 QUIET = 4.0  # by which the noise of the control is too small
