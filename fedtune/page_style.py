@@ -48,6 +48,7 @@ STYLE = """
   tr.baseline th[scope=row] { background: var(--mark); font-weight: 600; }
   tbody th[scope=rowgroup] { padding-top: .8rem; font-size: .8rem; letter-spacing: .04em;
     text-transform: uppercase; }
+  table.tops td { vertical-align: top; }
   td small, th small { color: var(--soft); font-weight: 400; }
   td small { white-space: nowrap; }
   tr.references td, tr.references th[scope=row] { color: var(--soft); }

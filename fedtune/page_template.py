@@ -107,7 +107,7 @@ rows like its own.</p>
 <h2>Audits</h2>
 <p class="note">Attacks on this run. An attack that finds nothing proves nothing: read who attacked
 and what was checked of the measurement. Brackets: 95 % intervals.</p>
-<div class="scroll"><table>
+<div class="scroll"><table class="tops">
 <tr><th>audit</th><th class="text">verdict</th><th class="text">measure</th><th>value</th>
   <th>allowed</th><th class="text">how</th></tr>
 {% for audit, rows in audits %}
@@ -122,9 +122,10 @@ and what was checked of the measurement. Brackets: 95 % intervals.</p>
 </table></div>
 {% for audit, _ in audits %}
 <h3>{{ audit.audit }}: {{ audit.verdict }}</h3>
-<p>{{ audit.question }} {{ audit.reason }}</p>
+<p>{{ audit.question }} {{ audit.reason[:1] | upper }}{{ audit.reason[1:].rstrip(".") }}.</p>
 <p class="note">{% if audit.adversary %}Adversary: {{ audit.adversary }}. {% endif -%}
-Claim: {{ audit.claim }}.{% if audit.validity %} Validity: {{ audit.validity }}.{% endif %}</p>
+Claim: {{ audit.claim.rstrip(".") }}.
+{% if audit.validity %}Validity: {{ audit.validity.rstrip(".") }}.{% endif %}</p>
 {% for figure in audit_figures[audit.audit] %}
 {{ plot(figure) }}
 {% endfor %}

@@ -106,7 +106,8 @@ def _lines(
     paths = _paths(conditions, value)
     if not paths:
         return None
-    figure = blank("epsilon", plain(title), 340 + LEGEND * len(paths))
+    short = title.split(",")[0].split(" of ")[0]  # the whole title stands above the plot
+    figure = blank("epsilon", plain(short), 340 + LEGEND * len(paths))
     for number, (arm, points) in enumerate(paths.items()):
         style = look[arm]
         shift = STEP * (number - (len(paths) - 1) / 2)
