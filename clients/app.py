@@ -313,6 +313,12 @@ def _unsealed(content: RecordDict, context: Context) -> Masking:
     client, address, desk, body = _desk(content, context)
     received = wire.unpack(content)
     mask = desk.mask(body, bytes.fromhex(adapter.digest(received)))
+    # What a round pays for is told by the address, and what its noise is made of by the letter.
+    if address.round != mask.head.session.round:
+        raise RejectedError(
+            "E_REPLAY",
+            f"the letter is of round {mask.head.session.round}, its model of {address.round}",
+        )
     return client, client.prepare(address, received), desk, mask
 
 

@@ -29,7 +29,7 @@ KEYS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Demands:
-    """The defaults demand nothing.
+    """What an institution demands of a recipe; the defaults demand nothing.
 
     Attributes:
         modes: the values of privacy.mode that it takes part in.

@@ -29,7 +29,7 @@ INSTITUTION_KEYS: dict[str, type] = {
 
 @dataclass(frozen=True)
 class Policy:
-    """Two releases that are off unless an institution turns them on, and one that it can forbid.
+    """What an institution's node-config decides: what leaves it, and what a recipe must promise.
 
     Attributes:
         label_counts: its rows a label, for the report's class mix.

@@ -52,7 +52,7 @@ def export(folder: Path, target: Path, *, merge: bool) -> None:
     """Copy the adapter to `target`, or write the full model with the adapter merged into it.
 
     Raises:
-        RecipeError: `target` exists already, or the run has no adapter.
+        RecipeError: `target` is not empty, or the run has no adapter.
     """
     if target.exists() and any(target.iterdir()):
         raise RecipeError(f"{target} is not empty; name a new folder.")
@@ -71,7 +71,7 @@ def save(model: Model, state: State, folder: Path) -> None:
     that has other ranks than the model's.
 
     Beside PEFT's own files, `fedtune.json` holds the base's name and the labels in order, which is
-    what `fedtune.load` needs to rebuild the base.
+    what `load` needs to rebuild the base.
     """
     before = models.read(model)
     state, change = dict(state), state.get("base", {})

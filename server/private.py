@@ -210,7 +210,7 @@ class Charging(Guard):
             if budget and account.epsilon > budget:
                 self._stop(name, account.epsilon, budget, round)
         accounts = {**self.spending.accounts, **after}
-        name = spending.worst(accounts)
+        name = spending.worst(spending.present(accounts, self.mechanisms))
         line = self.ledger.append(
             CHARGE,
             round=round,

@@ -285,6 +285,21 @@ def test_noise_comes_from_each_clients_own_secret(noisy: Experiment) -> None:
     assert float(apart.std()) == pytest.approx(sigma, rel=5 / math.sqrt(2 * len(apart)))
 
 
+def test_a_round_is_not_noised_under_another_number_than_it_pays_for(noisy: Experiment) -> None:
+    """Else a model that is asked about again as round 1 would be paid for once and noised twice."""
+
+    def answer(message: Message, context: Context) -> Message:
+        if message.metadata.message_type == "train.masked":
+            again = replace(Address.of(message.content), round=1)
+            message.content[wire.CONFIG] = again.record()
+        return client_app(message, context)
+
+    with pytest.raises(RunError, match="the letter is of round 2, its model of 1"):
+        play(noisy, answer)
+    kept = ledger.read(parts.folder_of(noisy) / "clients" / "east")
+    assert [line["round"] for line in kept if line["kind"] == "charge"] == [1]
+
+
 def test_a_run_stops_before_a_round_over_its_budget(noisy: Experiment) -> None:
     spent = verifying.verify(play(noisy)).accounts["east"].epsilon
     limited = elsewhere(noisy, "limited").replace(rounds=3, privacy__epsilon=spent * 1.01)

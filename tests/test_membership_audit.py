@@ -262,8 +262,9 @@ def test_a_promise_that_members_disprove_is_broken() -> None:
 
     assert verdict(0.1) == "broken"
     assert verdict(3.0) == "broken"
-    assert verdict(8.0) == "holds"
-    assert verdict(0.1, delta=1.0) == "holds"
+    assert verdict(5.0) == "broken"
+    assert verdict(8.0) == "invalid"  # whoever finds everybody is within the promise
+    assert verdict(0.1, delta=1.0) == "invalid"
     chance = [ranking.caught(others, others, rate) for rate in membership.RATES]
     claim = Claim("record", "record", 0.1, 1e-5, "")
     assert membership._verdict(claim, area, chance, differ)[0] == "holds"

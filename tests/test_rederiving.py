@@ -272,3 +272,29 @@ def test_a_resumed_run_tells_who_is_here_now(record: Experiment) -> None:
     (folder / "checkpoint" / "HEAD").write_text("1")
     play(record)
     verifying.verify(folder)
+
+
+def test_a_ledger_that_is_cut_together_with_its_rounds_is_found(run: Path) -> None:
+    rewritten(run, lambda lines: [line for line in lines if line.get("round") != 2])
+    rounds = (run / "rounds.jsonl").read_text().splitlines(keepends=True)
+    (run / "rounds.jsonl").write_text("".join(rounds[:-1]))
+    assert "does not tell of round 2" in refusal(run)
+    (run / "rounds.jsonl").unlink()
+    assert "does not tell of round 1" in refusal(run)
+
+
+def test_a_release_that_hides_whom_it_joined_is_found(record: Experiment) -> None:
+    folder = play(record)
+    rewritten(folder, of_kind("release", 1, clients=[]))
+    assert "of whom its ledger releases nothing" in refusal(folder)
+
+
+def test_a_charge_that_hides_who_is_worse_off_is_found(record: Experiment) -> None:
+    folder = play(record)
+    accounts = verifying.verify(folder).accounts
+    least = min(accounts, key=lambda name: accounts[name].epsilon)
+    own = spending.ever(ledger.read(folder))[least]
+    told = {"worst": least, "mechanism": asdict(own), "sigma_abs": own.sigma}
+    assert accounts[least].epsilon < max(account.epsilon for account in accounts.values())
+    rewritten(folder, of_kind("charge", -1, **told))
+    assert "hides who is worse off" in refusal(folder)

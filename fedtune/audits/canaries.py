@@ -1,4 +1,4 @@
-"""A4: which canaries the model was trained on, guessed from the model, and what that proves.
+"""Which canaries the model was trained on, guessed from the model, and what that proves.
 
 The rows and their coins are those of `fedtune/canaries.py`, the bound that of `guesses.py`. A
 canary's score is what tuning took from its loss: the loss without the adapter less the loss with
@@ -25,6 +25,7 @@ from fedtune.audits.finding import (
     Verdict,
 )
 from fedtune.canaries import Canary
+from fedtune.privacy.mechanism import CENTRAL, DISTRIBUTED
 from fedtune.report import wilson
 
 QUESTION = "Does the final model tell which made-up rows the clients trained on?"
@@ -129,11 +130,11 @@ def found(scores: Sequence[float], inserted: Sequence[bool], claim: Claim | None
 def _promised(claim: Claim) -> tuple[float, float]:
     """The (epsilon, delta) that a claim gives to one row.
 
-    Where a client may be added or removed, one row more is a client removed and another added:
-    twice epsilon, and (1 + e^epsilon) delta (Dwork and Roth 2014, theorem 2.2). The claim does not
-    tell which relation a client's is, so this weaker promise is held against both.
+    Where a client is added, removed or zeroed, one row more is two such steps: twice epsilon, and
+    (1 + e^epsilon) delta (Dwork and Roth 2014, theorem 2.2). The claim does not tell which relation
+    a client's is, so this weaker promise is held against all.
     """
-    if claim.mode != "client":
+    if claim.mode not in (CENTRAL, DISTRIBUTED):
         return claim.epsilon, claim.delta
     factor = 1 + math.exp(min(claim.epsilon, 500.0))
     return 2 * claim.epsilon, min(1.0, factor * claim.delta)

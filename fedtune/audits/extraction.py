@@ -1,4 +1,4 @@
-"""A5: training rows that a language model recites when it is given how they begin.
+"""Training rows that a language model recites when it is given how they begin.
 
 Greedy decoding recites a suffix exactly as far as each of its tokens is the most likely one after
 the true tokens before it. So one forward pass over the true row tells what generation token by
@@ -30,12 +30,12 @@ from fedtune.audits.finding import (
 )
 from fedtune.dealing import permutation
 from fedtune.models import Model
+from fedtune.tasks.causal_lm import IGNORED
 from fedtune.tasks.next_token import likelihoods
 from fedtune.tasks.task import Example, mask_of, pad_right
 
 QUESTION = "Does the final model recite training rows, word for word, from how they begin?"
 ADVERSARY = "who can query the final model and knows how a row begins"
-IGNORED = -100
 PREFIX, SUFFIX = 50, 50  # tokens, at most
 LEAST = 8  # tokens of a suffix: anybody may guess a shorter one
 ROWS = 100  # asked for, at most

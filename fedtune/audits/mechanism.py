@@ -55,7 +55,7 @@ def audit(audited: Audited) -> Finding:
         why = "promises nothing" if mode == "none" else "adds its noise inside masked sums"
         raise NotApplicableError(f"privacy.mode = '{mode}' {why}: there is no noisy mean to test.")
     verified = verifying.verify(audited.run.folder)
-    own = spending.mechanisms_of(verified.begin)[verified.worst]
+    own = spending.ever(verified.lines)[verified.worst]
     weights = far(_miniature(audited.run.folder), own.clip)
     path = path_of(audited.experiment, audited.parts, own, weights)
     checks = [*checked(path), *_sampled(audited, own), _silent(audited)]

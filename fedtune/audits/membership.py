@@ -179,6 +179,12 @@ def _verdict(
         )
     if claim is None:
         return OPEN, f"nothing is promised; AUC {auc.value:.3f} [{auc.low:.3f}, {auc.high:.3f}]"
+    if all(allowed(claim, one.passes) >= 1 for one in found):
+        return INVALID, (
+            f"the measurement could not have contradicted the claim: epsilon = "
+            f"{claim.epsilon:.3g} allows that every member is found at all these rates of false "
+            f"alarms; AUC {auc.value:.3f} [{auc.low:.3f}, {auc.high:.3f}]"
+        )
     texts = []
     for one in found:
         most = allowed(claim, one.passes)

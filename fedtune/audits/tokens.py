@@ -42,6 +42,7 @@ from fedtune.audits.finding import (
 )
 from fedtune.audits.payloads import Played
 from fedtune.dealing import permutation
+from fedtune.privacy.mechanism import DISTRIBUTED
 from fedtune.tasks.task import Example
 
 COHORT = 4  # clients whose messages are added up
@@ -85,6 +86,11 @@ def _require_messages(audited: Audited) -> None:
     if strategy.pools or not strategy.joins:
         raise NotApplicableError(
             f"with strategy '{audited.experiment.strategy}' no client sends an update"
+        )
+    if audited.experiment.privacy.mode == DISTRIBUTED:
+        raise NotApplicableError(
+            f"privacy.mode = '{DISTRIBUTED}' makes its noise behind the masks, where this audit "
+            "does not follow it"
         )
 
 

@@ -20,7 +20,8 @@ Certificate = dict[str, Any]
 def of(folder: Path, verified: Verified) -> Certificate:
     """The certificate of a run, as JSON."""
     mechanisms = spending.mechanisms_of(verified.begin)
-    worst = mechanisms[verified.worst] if verified.accounts else next(iter(mechanisms.values()))
+    ever = spending.ever(verified.lines)
+    worst = ever[verified.worst] if verified.accounts else next(iter(mechanisms.values()))
     account = verified.accounts.get(verified.worst, spending.Account())
     cost = spending.told(account.cost)
     data = (folder / ledger.FILE).read_bytes()

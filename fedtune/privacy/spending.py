@@ -72,6 +72,11 @@ class Spending:
         }
 
 
+def present(accounts: Mapping[str, Account], here: Mapping[str, Mechanism]) -> dict[str, Account]:
+    """The accounts of those who have not left."""
+    return {name: account for name, account in accounts.items() if name in here}
+
+
 def of(lines: Sequence[Line]) -> Spending:
     """The accounts after all lines of a ledger."""
     spending = Spending()
@@ -107,6 +112,15 @@ def worst(accounts: Mapping[str, Account]) -> str:
 def mechanisms_of(begin: Line) -> dict[str, Mechanism]:
     """The mechanisms of a "begin" line."""
     return {name: Mechanism(**fields) for name, fields in begin["mechanisms"].items()}
+
+
+def ever(lines: Sequence[Line]) -> dict[str, Mechanism]:
+    """Each account's newest mechanism, of clients that have left too."""
+    found: dict[str, Mechanism] = {}
+    for line in lines:
+        if line["kind"] == BEGIN:
+            found |= mechanisms_of(line)
+    return found
 
 
 def told(cost: Cost) -> dict[str, float | None]:

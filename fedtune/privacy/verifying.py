@@ -103,6 +103,10 @@ def _recomputed(folder: Path, lines: Sequence[Line]) -> Spending:
         number = line["seq"] + 1
         name = line["worst"]
         account, budget = spent.accounts.get(name, Account()), spent.mechanisms[name].budget
+        here = spending.present(spent.accounts, spent.mechanisms)
+        most = here[spending.worst(here)].epsilon
+        if account.epsilon < most * (1 - OTHER):
+            raise LedgerError(f"Line {number} of {folder}'s ledger hides who is worse off.")
         cost = spending.told(account.cost)
         for key, value in cost.items():
             if not _close(line["cost"].get(key), value, tolerance):
@@ -128,16 +132,23 @@ def _committed(folder: Path, lines: Sequence[Line]) -> int:
         LedgerError: one was not, so lines were cut off.
     """
     charged: dict[int, set[str]] = {}
-    released: set[int] = set()
+    released: dict[int, set[str]] = {}
     for line in lines:
         if line["kind"] == CHARGE:
             charged.setdefault(line["round"], set()).update(line["clients"])
         elif line["kind"] == RELEASE:
-            released.add(line["round"])
+            released.setdefault(line["round"], set()).update(line.get("clients", ()))
     last = _head(folder)
     path = folder / "rounds.jsonl"
-    records = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
-    for record in map(json.loads, records):
+    lines_ = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+    records = [json.loads(line) for line in lines_]
+    if missing := set(range(1, last + 1)) - {record["round"] for record in records}:
+        raise LedgerError(
+            f"{path} does not tell of round {min(missing)}, and {last} were committed, so whom the "
+            "ledger must have charged is not known. `fedtune run RECIPE --resume` cannot bring it "
+            "back; a copy can."
+        )
+    for record in records:
         round, cohort = record["round"], set(record["cohort"])
         if not 0 < round <= last:
             continue
@@ -145,6 +156,12 @@ def _committed(folder: Path, lines: Sequence[Line]) -> int:
         if not (cohort <= paid or "" in paid) or round not in released:
             raise LedgerError(
                 f"Round {round} of {folder} was committed, but its ledger has no charge for it."
+            )
+        joined = cohort - {rejection["client"] for rejection in record["rejected"]}
+        if "" not in paid and (untold := joined - released[round]):
+            raise LedgerError(
+                f"Round {round} of {folder} joined {sorted(untold)}, of whom its ledger releases "
+                "nothing."
             )
     return last
 
