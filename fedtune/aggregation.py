@@ -24,7 +24,7 @@ from fedtune.lowrank import Product, products
 from fedtune.strategies.strategy import Strategy, Update
 
 SVD_BUDGET = 2.0**28  # multiplications: a tenth of a second
-ROUNDING = 1e-13  # of the squares a difference of squares comes from: what float64 leaves of it
+ROUNDING = 1e-12  # of the squares a difference of squares comes from: what float64 leaves of it
 
 
 def of_round(

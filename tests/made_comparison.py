@@ -9,6 +9,7 @@ from fedtune.studies.comparison import (
     PERSONAL,
     UNTUNED,
     Arm,
+    Audit,
     ClientScore,
     Comparison,
     Condition,
@@ -149,7 +150,19 @@ def _arm(
     scores = [_score(p, m, values, name) for p in protocols for m in METRICS]
     settings = {"train.learning_rate": 0.005} if name == "fedit" else {}
     aggregation = {"relative_error": 0.05, "effective_rank": 3.2} if federated else {}
-    return Arm(name, role, kind, scores, cost, held, curves, aggregation, dict(settings))
+    audits = [_audit(name)] if role == "strategy" else []
+    return Arm(name, role, kind, scores, cost, held, curves, aggregation, dict(settings), audits)
+
+
+def _audit(name: str) -> Audit:
+    """One that was measured in all seeds but the last."""
+    interval = Interval(0.4, 0.7, "Student t over 2 seeds")
+    verdicts = {"holds": 2, "not applicable": 1}
+    return Audit(
+        *("membership", "AUC of the loss ratio", SEEDS[:2], [0.5, 0.6], 0.55, interval, None),
+        verdicts,
+        f"{name} sends nothing",
+    )
 
 
 def _score(protocol: str, metric: str, accuracies: list[float], name: str) -> Score:

@@ -64,7 +64,7 @@ def test_markdown_tables_are_tables(made: Comparison) -> None:
     assert "<script>" not in text
     assert "fed_&lt;b&gt;&amp;_%$#(scale=0.5)" in text
     blocks = re.findall(r"(?:^\|.*\n)+", text, re.M)
-    assert len(blocks) == 2 * (2 + 1 + 1) + 2  # quality, cost, ranks; tuning, failures
+    assert len(blocks) == 2 * (2 + 1 + 1 + 1) + 2  # quality, cost, ranks, audits; tuning, failures
     for block in blocks:
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in block.splitlines()}) == 1
     assert "| **fed_&lt;b" in text  # the best strategy stands out
@@ -84,7 +84,7 @@ def test_latex_has_as_many_cells_as_columns_and_every_brace_closed(made: Compari
     bare = re.sub(r"\\[\\{}%&#$_]", "", text)
     assert bare.count("{") == bare.count("}")
     tabulars = re.findall(r"\\begin\{tabular\}\{(\w+)\}(.*?)\\end\{tabular\}", text, re.S)
-    assert len(tabulars) == 10
+    assert len(tabulars) == 12
     for columns, body in tabulars:
         lines = [line for line in body.splitlines() if line.endswith(r"\\")]
         assert len(lines) > 1

@@ -82,8 +82,8 @@ def column(opened: Visit, table: int, number: int) -> list[list[str | None]]:
 
 
 def test_the_tables_are_there(opened: Visit) -> None:
-    """In each condition quality and other metrics twice, cost, aggregation twice; then tuning."""
-    assert opened.page.locator("table").count() == 2 * (4 + 3) + 3
+    """In each condition quality and other metrics twice, audits, cost, aggregation twice."""
+    assert opened.page.locator("table").count() == 2 * (5 + 3) + 3
     first = opened.page.locator("table").first
     assert first.locator("tbody").count() == 2
     assert first.locator("tbody tr:not(.group)").count() == 5
@@ -180,7 +180,7 @@ def test_a_print_is_black_on_white_and_fits_the_paper(browser: Browser, small: P
 
 def test_without_scripts_the_tables_are_whole(browser: Browser, file: Path) -> None:
     with visit(browser, file, scripts=False) as seen:
-        assert seen.page.locator("table").count() == 17
+        assert seen.page.locator("table").count() == 19
         told = seen.page.locator(".plot").first.evaluate(
             "place => getComputedStyle(place, '::before').content"
         )
@@ -245,7 +245,7 @@ def test_the_least_comparison_has_a_page_too(browser: Browser, tmp_path: Path) -
         seen.settle()
         assert seen.complaints == []
         assert seen.page.locator("h1").text_content() == "example"
-        assert seen.page.locator("table").count() == 3
+        assert seen.page.locator("table").count() == 4
         assert "One seed shows no spread" in (seen.page.locator(".verdict").text_content() or "")
         assert seen.page.locator("td:text-is('not tested')").count() == 2
         assert all(float(plot["marks"]) > 0 for plot in seen.drawn())
