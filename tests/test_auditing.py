@@ -165,3 +165,19 @@ def test_a_run_that_promises_nothing_has_no_mechanism(
     (folder / "rounds.jsonl").write_text(lines[0] + "\n")
     code, _, err = fedtune("audit", folder)
     assert (code, "has come to round 0 of 1" in err) == (2, True)
+
+
+def test_a_run_of_other_rows_than_its_recipes_is_not_audited(
+    tiny: Experiment,
+    tmp_path: Path,
+    fedtune,  # type: ignore
+) -> None:
+    """At institutions the rows are those of files that only they can read."""
+    assert fedtune("run", write_recipe(tiny, tmp_path), "rounds=1", "train.steps=1")[0] == 0
+    folder = parts.folder_of(tiny)
+    told = (folder / "roster.json").read_text(encoding="utf-8")
+    names = [client["name"] for client in json.loads(told)["clients"]]
+    (folder / "roster.json").write_text(told.replace(f'"{names[0]}"', '"clinic"'), encoding="utf-8")
+    code, _, err = fedtune("audit", folder, "--only", "membership")
+    assert code == 2
+    assert "it ran at institutions, whose rows are not here" in err

@@ -55,8 +55,20 @@ class Audited:
 
     @cached_property
     def shards(self) -> list[Shard]:
-        """Each client's rows, dealt again as the run dealt them."""
-        return shards.load(self.experiment.data, self.experiment.seed)
+        """Each client's rows, dealt again as the run dealt them.
+
+        Raises:
+            RecipeError: the run had others.
+        """
+        found = shards.load(self.experiment.data, self.experiment.seed)
+        told = {client["name"] for client in self.run.clients}
+        if not self.parts.strategy.pools and told != {shard.name for shard in found}:
+            raise RecipeError(
+                f"{self.run.folder} had the clients {', '.join(sorted(told))}, who are not those "
+                "of its recipe's data: it ran at institutions, whose rows are not here. Only a "
+                "simulation can be audited."
+            )
+        return found
 
     @cached_property
     def model(self) -> Model:

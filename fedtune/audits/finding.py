@@ -30,8 +30,8 @@ class Measure:
         high: its upper end.
         method: how the interval was made, "Clopper-Pearson over 3,000 draws".
         subject: whom or what it is of, "bank, round 1"; "" for the run.
-        allowed: the most that the claim allows, drawn beside it; None where nothing is promised
-            of this number.
+        allowed: the most that the claim allows, or where it says nothing of this number the
+            audit's own criterion; drawn beside it. None where nothing is promised.
     """
 
     name: str
